@@ -1,0 +1,246 @@
+"""What every part of Patchbay agrees on: small data classes and protocols. The framework knows components only through this file.
+
+Shape letters, used in every docstring: B batch, T time (L inside kernels), D model width, H query heads, G key/value heads,
+K head size, V vocabulary, N state size, R rank, E experts, C chunk.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator, Mapping
+from dataclasses import dataclass, field, fields, replace
+from pathlib import Path
+from typing import Any, Literal, Protocol, runtime_checkable
+
+import torch
+from torch import Tensor, nn
+
+IGNORE = -100  # label of a position that takes no part in the loss
+
+ROLES = (
+    "embedding", "head", "norm", "qkv", "o", "gate_up", "down", "in_proj", "out_proj", "x_proj", "dt", "conv", "ssm", "router", "adapter",
+)  # fmt: skip
+Role = Literal[
+    "embedding", "head", "norm", "qkv", "o", "gate_up", "down", "in_proj", "out_proj", "x_proj", "dt", "conv", "ssm", "router", "adapter"
+]  # fmt: skip
+
+
+class UserError(Exception):
+    """Something that the user can mend. The entry points print the message alone (no traceback) and exit with code 2.
+
+    The message is one line: key path or file, the value, what is allowed, the nearest valid name where there is one.
+    """
+
+
+@dataclass
+class Batch:
+    """One micro-batch of token rows. No left padding anywhere; padding at the end of a row is a segment of its own with IGNORE labels."""
+
+    input_ids: Tensor  # (B, T) int64
+    labels: Tensor | None = None  # (B, T) int64: the token that FOLLOWS each position (already shifted), IGNORE where it does not count
+    segment_ids: Tensor | None = None  # (B, T) int32, non-decreasing in a row: which packed document a position belongs to
+    position_ids: Tensor | None = None  # (B, T) int64, position inside the document; None: 0..T-1 (plus what a DecodeState has seen)
+    task_ids: Tensor | None = None  # (B,) or (B, T) int64
+    rope_regime: Tensor | None = None  # (B,) int8: 0 short factors, 1 long factors
+    loss_tokens: int | None = None  # labels != IGNORE in the whole optimizer step: all micro-batches of the accumulation window, all ranks
+    index: int | None = None  # position of this batch in its stream, for error messages
+
+    def to(self, device: torch.device | str, non_blocking: bool = False) -> Batch:
+        """Return the same batch with every tensor on `device`."""
+        moved = {f.name: v.to(device, non_blocking=non_blocking) for f in fields(self) if isinstance(v := getattr(self, f.name), Tensor)}
+        return replace(self, **moved)
+
+
+@dataclass
+class ModelOutput:
+    """hidden: (B, T, D) after the final norm; feed it to `model.logits` or to the fused loss with `model.head_weight`."""
+
+    hidden: Tensor
+    aux_losses: dict[str, Tensor] = field(default_factory=dict)  # scalar losses to add, by name
+
+
+@dataclass(frozen=True)
+class RopeSpec:
+    """Everything that rotary embedding needs: inv_freq_i = 1 / (factors_i * base^(2i/rotary_dim)); cos and sin are multiplied by attention_factor."""
+
+    rotary_dim: int  # even; the first rotary_dim of the K dims of a head turn
+    base: float = 10000.0
+    factors: tuple[float, ...] = ()  # lambda_i, rotary_dim/2 values; () means all 1
+    attention_factor: float = 1.0
+    original_len: int | None = None  # length in tokens that the model was trained at
+    target_len: int | None = None  # length in tokens that the rule extends to
+    rule: str = "none"
+
+
+class RopeRule(Protocol):
+    """An option of the group `rope`: turns a model's own numbers into a RopeSpec."""
+
+    def spec(self, rotary_dim: int, base: float, original_len: int) -> RopeSpec: ...
+
+
+class DecodeState(Protocol):
+    """What a model must remember to go on decoding: one object for all models (components/decode_state.py).
+
+    `model(batch, state)` is prefill, chunked prefill and step alike: it reads `input_ids` (B, T), appends T tokens and updates the state in place.
+    Rows may stand at different positions. Size of a windowed or recurrent layer does not depend on length.
+    """
+
+    length: Tensor  # (B,) int64, tokens seen so far by each row
+    regime: Tensor  # (B,) int8, RoPE regime that each row's cache was filled with
+
+    def fork(self, n: int) -> DecodeState:
+        """Copy every row n times (row b becomes rows b*n .. b*n+n-1)."""
+        ...
+
+    def select(self, rows: Tensor) -> DecodeState: ...
+    def reset(self, rows: Tensor) -> None: ...
+    def stale_rows(self) -> Tensor:
+        """(B,) bool: rows that crossed a RoPE regime switch; the engine must prefill them again."""
+        ...
+
+    def save(self) -> dict[str, Any]: ...
+
+
+@runtime_checkable
+class Model(Protocol):
+    """An option of the group `model`; also an nn.Module. Its projections are always called as modules, so that adapters can wrap them."""
+
+    vocab_size: int  # rows of the head, >= tokenizer.vocab_size; the rows above are never sampled
+
+    def __call__(self, batch: Batch, state: DecodeState | None = None) -> ModelOutput: ...
+    def logits(self, hidden: Tensor) -> Tensor: ...
+    @property
+    def head_weight(self) -> Tensor:
+        """(V, D); the embedding when tied."""
+        ...
+
+    def roles(self) -> dict[str, Role]:
+        """Role of every parameter by its name in named_parameters(): read by optimizers, adapters, sharding and accounting."""
+        ...
+
+    def set_rope(self, spec: RopeSpec) -> None: ...
+    def new_state(self, batch_size: int, max_length: int, dtype: torch.dtype = torch.float32) -> DecodeState: ...
+    def forward_flops(self, seq_len: int) -> float:
+        """Matmul, attention and scan FLOPs of one forward, per token, at rows of seq_len tokens. A training step counts three times this."""
+        ...
+
+
+class Tokenizer(Protocol):
+    """Text to ids and back. Special tokens inside user text are encoded as plain text, never as the special id."""
+
+    vocab_size: int
+    eot_id: int  # starts every document, and so ends the one before
+
+    def encode(self, text: str) -> list[int]: ...
+    def decode(self, ids: Iterable[int]) -> str: ...
+    def special_id(self, name: str) -> int: ...
+    def save(self, folder: Path) -> None: ...
+
+
+class BatchStream(Protocol):
+    """One epoch at a time of micro-batches, whose order is a pure function of (seed, epoch)."""
+
+    def __len__(self) -> int: ...
+    def __iter__(self) -> Iterator[Batch]:
+        """Yield the rest of the current epoch, then move on to the next."""
+        ...
+
+    def state_dict(self) -> dict[str, int]:
+        """{epoch, position}: position counts DELIVERED batches, never prefetched ones."""
+        ...
+
+    def load_state_dict(self, state: Mapping[str, int]) -> None: ...
+
+
+class Data(Protocol):
+    """An option of the group `data`."""
+
+    tokenizer: Tokenizer  # usable after prepare()
+    seq_len: int
+    batch_size: int
+
+    def prepare(self, cache_dir: Path, tokenizer: Tokenizer | None = None) -> None:
+        """Read, tokenise and cache what is not cached yet (one process at a time, a progress bar). A given tokenizer replaces the configured one."""
+        ...
+
+    def train_stream(self, seed: int, accumulate: int = 1, rank: int = 0, world_size: int = 1) -> BatchStream: ...
+    def val_batches(self) -> Iterable[Batch]:
+        """Every held-out token exactly once as a label; re-iterable; the last batch may be smaller."""
+        ...
+
+    @property
+    def val_bytes(self) -> int:
+        """UTF-8 bytes of all held-out text."""
+        ...
+
+    def baselines(self) -> dict[str, float]:
+        """Bits per byte of simple models on the same held-out bytes: {'order0': .., 'order2': .., 'xz': ..}; {} where they make no sense."""
+        ...
+
+    def summary(self) -> dict[str, int | float | str]:
+        """What was read, for the first line of a run: train_tokens, val_tokens, train_bytes, val_bytes, documents, source."""
+        ...
+
+
+class Adapter(Protocol):
+    """An option of the group `adapter`. `apply` wraps modules in place, freezes the rest and returns a report."""
+
+    def apply(self, model: nn.Module) -> dict[str, Any]:
+        """Returns {'trainable': int, 'total': int, 'modules': {name: parameters}}."""
+        ...
+
+
+@dataclass(frozen=True)
+class NamedParameter:
+    """A trainable parameter as optimizers see it."""
+
+    name: str
+    parameter: nn.Parameter
+    role: Role
+
+
+class OptimizerFactory(Protocol):
+    """An option of the group `optimizer` (`_partial_: true`). Each param group carries `name`, `kind` and `parameter_names` besides torch's keys."""
+
+    def __call__(self, parameters: list[NamedParameter]) -> torch.optim.Optimizer: ...
+
+
+class ScheduleFactory(Protocol):
+    """An option of the group `schedule` (`_partial_: true`): a factor of the learning rate per optimizer step."""
+
+    def __call__(self, optimizer: torch.optim.Optimizer, total_steps: int) -> torch.optim.lr_scheduler.LRScheduler: ...
+
+
+@dataclass
+class SamplingParams:
+    """How to decode: temperature 0 is greedy. Stops after max_new_tokens or at a stop id."""
+
+    max_new_tokens: int = 128
+    temperature: float = 1.0
+    top_k: int | None = None
+    top_p: float | None = None
+    seed: int = 0
+
+
+@dataclass
+class Completion:
+    token_ids: list[int]
+    text: str
+    logprobs: list[float]
+    finish_reason: Literal["stop", "length"]
+
+
+class Engine(Protocol):
+    """Executes generation. Rows never influence each other."""
+
+    def generate(self, prompts: list[list[int]], params: SamplingParams) -> list[Completion]: ...
+    def stream(self, prompt: list[int], params: SamplingParams) -> Iterator[str]: ...
+    def score(self, sequences: list[list[int]]) -> list[Tensor]:
+        """Log-probability of each token given those before it: one (T-1,) float32 tensor a sequence."""
+        ...
+
+
+@runtime_checkable
+class Diagnostics(Protocol):
+    """Any component may offer figures worth plotting; one callback logs them."""
+
+    def diagnostics(self) -> dict[str, float]: ...

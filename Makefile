@@ -1,0 +1,31 @@
+# make train: install into .venv and run the main job. make test: the tests. Everything else is one command away: see README.md.
+PYTHON ?= python3
+PIP = .venv/bin/pip --disable-pip-version-check install --quiet
+
+.PHONY: train test test-slow lint clean
+train: .venv/.run
+	.venv/bin/python train.py $(ARGS)
+
+test: .venv/.dev
+	.venv/bin/python -m pytest $(ARGS)
+
+test-slow: .venv/.dev
+	.venv/bin/python -m pytest -m slow $(ARGS)
+
+lint: .venv/.dev
+	.venv/bin/ruff check .
+	.venv/bin/ruff format --check .
+	.venv/bin/mypy
+
+.venv/.run: pyproject.toml
+	$(PYTHON) -m venv .venv
+	@echo "installing Patchbay into .venv (a few minutes the first time)"
+	$(PIP) -e .
+	@touch $@
+
+.venv/.dev: pyproject.toml .venv/.run
+	$(PIP) -e '.[dev]'
+	@touch $@
+
+clean:
+	rm -rf .venv build *.egg-info .pytest_cache .mypy_cache .ruff_cache

@@ -1,0 +1,201 @@
+"""From configuration to objects: compose, check, instantiate, load a run. The only module that calls Hydra's instantiate."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from omegaconf import DictConfig, ListConfig, OmegaConf, open_dict
+from omegaconf.errors import OmegaConfBaseException
+
+from components.contracts import Data, Model, NamedParameter, Tokenizer, UserError
+from framework import resolvers
+from framework.overrides import config_loader, explain, first_line
+from framework.signatures import check_node
+from framework.validate import problems
+
+if TYPE_CHECKING:
+    import torch
+
+HEAD_MULTIPLE = 64  # head rows are padded to this: tidy shapes for matrix units, as in the published models
+
+
+class ConfigErrors(UserError):
+    """All problems of a configuration; `lines` holds one each."""
+
+    def __init__(self, lines: list[str]) -> None:
+        super().__init__("\n".join(lines))
+        self.lines = lines
+
+
+def compose(config_name: str, overrides: list[str] | None = None) -> DictConfig:
+    """The configuration that the command line would have, validated.
+
+    Args:
+        config_name: "train" or "generate".
+        overrides: words of the command line, e.g. ["model=phi4mini", "model/size=test"].
+
+    Raises:
+        ConfigErrors: with every problem found.
+
+    Example:
+        >>> compose("train", ["model/size=test"]).model.num_layers > 0
+        True
+    """
+    import hydra
+    from hydra.errors import HydraException
+
+    resolvers.register()
+    overrides = list(overrides or [])
+    try:
+        with config_loader():
+            config = hydra.compose(config_name, overrides)
+    except (HydraException, OmegaConfBaseException) as error:
+        raise ConfigErrors(all_problems(config_name, overrides, error)) from error
+    detach(config)
+    check(config)
+    return config
+
+
+def all_problems(config_name: str, overrides: list[str], error: Exception) -> list[str]:
+    """Everything wrong with a command line that Hydra refused: the refused words, then what is wrong with the rest."""
+    import hydra
+
+    lines, good = explain(config_name, overrides)
+    with config_loader():
+        config = hydra.compose(config_name, good)
+    detach(config)
+    try:
+        check(config)
+    except ConfigErrors as further:
+        lines = [*lines, *further.lines]
+    return lines or [first_line(error)]
+
+
+def detach(config: DictConfig) -> None:
+    """Give `paths.output_dir` a value where no Hydra application runs to say it."""
+    if "hydra:" in str(OmegaConf.to_container(config.paths)["output_dir"]):
+        config.paths.output_dir = str(Path(config.paths.root) / "unnamed")
+
+
+def check(config: DictConfig) -> dict[str, Any]:
+    """Resolve and validate; return plain containers.
+
+    Raises:
+        ConfigErrors: with every problem found.
+    """
+    try:
+        resolved = OmegaConf.to_container(config, resolve=True, throw_on_missing=True)
+    except OmegaConfBaseException as error:
+        raise ConfigErrors([missing_or_broken(error)]) from error
+    lines = problems(resolved)
+    if lines:
+        raise ConfigErrors(lines)
+    return resolved
+
+
+def missing_or_broken(error: OmegaConfBaseException) -> str:
+    """The line for a required value that was not given, or an interpolation that leads nowhere."""
+    key = error.full_key or "?"
+    if "Missing mandatory value" in str(error):
+        return f"{key}: no value given; write {key}=VALUE"
+    return f"{key}: {first_line(error)}"
+
+
+def build(node: DictConfig | dict[str, Any] | None, *args: Any, **runtime: Any) -> Any:
+    """Instantiate one node; None for an empty one. Lists and dicts arrive as plain Python.
+
+    Raises:
+        UserError: the node's target is not allowed or its arguments do not fit.
+    """
+    import hydra
+    from hydra.errors import InstantiationException
+
+    if not node:
+        return None
+    plain = OmegaConf.to_container(node, resolve=True) if isinstance(node, (DictConfig, ListConfig)) else dict(node)
+    path = str(getattr(node, "_get_full_key", lambda _: "")(None)) or "config"
+    if lines := check_node(path, plain):
+        raise ConfigErrors(lines)
+    try:
+        return hydra.utils.instantiate(plain, *args, _convert_="all", **runtime)
+    except InstantiationException as error:
+        cause = error.__cause__
+        if isinstance(cause, UserError):
+            raise cause from error
+        if isinstance(cause, (TypeError, ValueError)):
+            raise UserError(f"{path}: {first_line(cause)}") from error
+        raise
+
+
+def build_data(config: DictConfig) -> Data:
+    """The data option; call `prepare` before use."""
+    return build(config.data)
+
+
+def build_model(config: DictConfig, vocab_size: int) -> Model:
+    """The model with its RoPE rule. vocab_size: ids of the tokenizer; a null model.vocab_size becomes its next multiple of 64."""
+    runtime: dict[str, Any] = {"rope": build(config.rope)}
+    if config.model.vocab_size is None:
+        runtime["vocab_size"] = -(-vocab_size // HEAD_MULTIPLE) * HEAD_MULTIPLE
+    elif config.model.vocab_size < vocab_size:
+        raise UserError(f"model.vocab_size: {config.model.vocab_size} is below the tokenizer's {vocab_size} ids; use null to follow it")
+    node = OmegaConf.to_container(config.model, resolve=True)
+    return build(node | runtime if "vocab_size" in runtime else node, rope=runtime["rope"])
+
+
+def build_optimizer(config: DictConfig, model: Model) -> torch.optim.Optimizer:
+    """One optimizer object over the trainable parameters, grouped by their roles."""
+    from components.adapters.base import parameter_roles
+
+    roles = parameter_roles(model)
+    trainable = [NamedParameter(n, p, roles[n]) for n, p in model.named_parameters() if p.requires_grad]
+    return build(config.optimizer)(trainable)
+
+
+@dataclass
+class Run:
+    """A trained run, loaded: configuration, model with its weights (adapter applied), tokenizer, folder, optimizer step of the weights."""
+
+    cfg: DictConfig
+    model: Model
+    tokenizer: Tokenizer
+    path: Path
+    step: int
+
+
+def load_run(path: str | Path, changes: dict[str, Any] | None = None) -> Run:
+    """Load a run directory or one of its checkpoint files. The only loader of trained models.
+
+    Args:
+        path: RUN_DIR (its last checkpoint) or RUN_DIR/checkpoints/FILE.ckpt.
+        changes: {"rope": node, ...} laid over the run's own configuration; None values mean "as trained".
+
+    Raises:
+        UserError: not a run, an unreadable checkpoint, or one of another architecture.
+    """
+    from components.data.tokenizers import Tokenizer as RunTokenizer
+    from framework.checkpoint import load_weights, newest_checkpoint
+
+    path = Path(path)
+    if not path.exists():
+        raise UserError(f"ckpt: {str(path)!r} does not exist; give a run directory or a checkpoint file")
+    folder = path if path.is_dir() else path.parent.parent
+    if not (folder / "config.yaml").is_file():
+        raise UserError(f"ckpt: {str(path)!r} is not a run; a run directory holds config.yaml and checkpoints/")
+    file = path if path.is_file() else newest_checkpoint(path)
+    try:
+        config = OmegaConf.load(folder / "config.yaml")
+    except Exception as error:  # YAML has many ways to be broken
+        raise UserError(f"{folder / 'config.yaml'}: cannot be read ({first_line(error)})") from error
+    with open_dict(config):
+        for key, value in (changes or {}).items():
+            if value is not None:
+                config[key] = value
+    tokenizer = RunTokenizer.load(folder / "tokenizer")
+    model = build_model(config, tokenizer.vocab_size)
+    build(config.adapter).apply(model)
+    step = load_weights(model, file)
+    model.eval()
+    return Run(config, model, tokenizer, folder, step)

@@ -1,0 +1,122 @@
+"""What train.py and generate.py share: run a Hydra application from a list of words and turn every outcome into an exit code.
+
+0 done; 2 an error that the user can mend (one line each, no traceback); 130 / 143 interrupted by SIGINT / SIGTERM; 1 a defect of ours (traceback).
+"""
+
+from __future__ import annotations
+
+import errno
+import os
+import shutil
+import sys
+import traceback
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+from hydra.core.hydra_config import HydraConfig
+from hydra.errors import HydraException
+from hydra.types import RunMode
+from omegaconf import DictConfig
+from omegaconf.errors import OmegaConfBaseException
+
+from framework.runs import STATE_FILE
+
+Job = Callable[[DictConfig], Any]
+
+
+class Outcome:
+    """Exit code of the job that ran in this process; in a sweep the last failure."""
+
+    code = 0
+
+
+def run_app(application: Callable[[], Any], config_name: str, argv: list[str] | None) -> int:
+    """Run a `@hydra.main` function on the words `argv` (default: the command line) and return the exit code."""
+    words = list(sys.argv[1:] if argv is None else argv)
+    saved, previous = sys.argv, os.environ.get("HYDRA_FULL_ERROR")
+    sys.argv = [f"{config_name}.py", *words]
+    os.environ["HYDRA_FULL_ERROR"] = "1"  # hydra then raises instead of printing and exiting
+    Outcome.code = 0
+    try:
+        application()
+    except SystemExit as stop:  # argparse: --help, unknown flags
+        return stop.code if isinstance(stop.code, int) else 1
+    except KeyboardInterrupt:
+        print("interrupted", file=sys.stderr)
+        return 130
+    except (HydraException, OmegaConfBaseException) as error:
+        return report_composition(config_name, words, error)
+    except Exception as error:
+        return report(error, show_traceback="traceback=true" in words)
+    finally:
+        sys.argv = saved
+        if previous is None:
+            os.environ.pop("HYDRA_FULL_ERROR", None)
+        else:
+            os.environ["HYDRA_FULL_ERROR"] = previous
+    return Outcome.code
+
+
+def run_job(job: Job, config: DictConfig) -> Any:
+    """Run one job inside Hydra. In a single run the error is reported here, so that Hydra adds nothing; in a sweep it goes on to Hydra."""
+    try:
+        return job(config)
+    except (Exception, KeyboardInterrupt) as error:
+        Outcome.code = report(error, bool(config.get("traceback")))
+        remove_empty_run()
+        if HydraConfig.get().mode == RunMode.MULTIRUN:
+            raise
+        return None
+
+
+def report(error: BaseException, show_traceback: bool = False) -> int:
+    """Print an error the way its kind deserves; return its exit code."""
+    lines, code = describe(error)
+    if code == 1 or show_traceback:
+        traceback.print_exception(error)
+    for line in lines:
+        print(f"error: {line}" if code == 2 else line, file=sys.stderr)
+    return code
+
+
+def describe(error: BaseException) -> tuple[list[str], int]:
+    """Lines and exit code of an error."""
+    from components.contracts import UserError
+    from framework.runtime import Interrupted
+
+    if isinstance(error, Interrupted):
+        return str(error).splitlines(), 128 + error.signal
+    if isinstance(error, KeyboardInterrupt):
+        return ["interrupted"], 130
+    if isinstance(error, UserError):
+        return str(error).splitlines(), 2
+    if isinstance(error, OSError) and error.errno == errno.ENOSPC:
+        return [f"{error.filename or 'disk'}: no space left on device; free some, then resume (finished checkpoints are intact)"], 2
+    if isinstance(error, PermissionError):
+        return [f"{error.filename}: permission denied"], 2
+    if type(error).__name__ == "MisconfigurationException":  # Lightning: settings of the trainer that exclude each other
+        return [f"trainer: {' '.join(str(error).split())}"], 2
+    if type(error).__name__ == "OutOfMemoryError":
+        return ["out of memory; lower data.batch_size or data.seq_len, or set gradient_checkpointing=true"], 2
+    return [], 1
+
+
+def report_composition(config_name: str, words: list[str], error: Exception) -> int:
+    """A command line that Hydra refused: one line for each word that is wrong."""
+    from framework.build import all_problems
+
+    lines = all_problems(config_name, [w for w in words if not w.startswith("-")], error)
+    if "traceback=true" in words:
+        traceback.print_exception(error)
+    for line in lines:
+        print(f"error: {line}", file=sys.stderr)
+    return 2
+
+
+def remove_empty_run() -> None:
+    """Delete the folder that Hydra made for a job that failed before it became a run."""
+    folder = Path(HydraConfig.get().runtime.output_dir)
+    leftovers = {".hydra", ".hydra_resume", "train.log", "generate.log"}
+    if folder.is_dir() and not (folder / STATE_FILE).exists() and {p.name for p in folder.iterdir()} <= leftovers:
+        shutil.rmtree(folder, ignore_errors=True)

@@ -1,0 +1,59 @@
+"""Every OmegaConf resolver of the project, registered once. Imports nothing heavy: --help and --cfg must answer at once."""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+from typing import Any
+
+from omegaconf import OmegaConf
+
+from framework.runs import newest_run
+
+SLUG_PARTS = ("model", "model/size", "rope", "adapter", "optimizer", "data")  # choices that name a run; "none" is left out
+
+
+def slug(choices: Any, seed: int) -> str:
+    """Readable folder name of a run, at most 80 characters of [A-Za-z0-9._-]."""
+    parts = [str(choices[key]) for key in SLUG_PARTS if choices.get(key) not in (None, "none")]
+    return re.sub(r"[^A-Za-z0-9._-]+", "-", "-".join([*parts, f"s{seed}"]))[:80]
+
+
+def run_dir(resume: str | None, root: str, name: str, now: str, choices: Any, seed: int) -> str:
+    """Folder of the run: the one to resume, or a fresh one."""
+    if resume == "auto":
+        found = newest_run(Path(root) / name, unfinished=True)
+        if found is not None:
+            return str(found)
+    elif resume:
+        if not Path(resume).is_dir():  # hydra would create it; the run must report it instead
+            return str(Path(root) / ".rejected" / now)
+        return str(resume)
+    return str(Path(root) / name / f"{now}_{slug(choices, seed)}")
+
+
+def run_sub(resume: str | None) -> str:
+    """Where hydra keeps what it composed; a resumed run keeps its original `.hydra`."""
+    return ".hydra_resume" if resume else ".hydra"
+
+
+def precision(accelerator: str) -> str:
+    """Lightning precision of the fastest safe kind: bf16 autocast on GPUs and on processors with bf16 instructions, else fp32."""
+    if accelerator == "cpu" and not cpu_has_bf16():
+        return "32-true"
+    return "bf16-mixed"
+
+
+def cpu_has_bf16() -> bool:
+    """Does this processor multiply bf16 in hardware? (Linux only; elsewhere fp32 is used.)"""
+    try:
+        flags = Path("/proc/cpuinfo").read_text()
+    except OSError:
+        return False
+    return "avx512_bf16" in flags or "amx_bf16" in flags
+
+
+def register() -> None:
+    """Register all resolvers; harmless when called again (multirun, tests)."""
+    for function in (slug, run_dir, run_sub, precision):
+        OmegaConf.register_new_resolver(function.__name__, function, replace=True)

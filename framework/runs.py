@@ -1,0 +1,40 @@
+"""Run directories as plain files: find them and read their state. Imports nothing heavy."""
+
+from __future__ import annotations
+
+import json
+import os
+from pathlib import Path
+from typing import Any
+
+STATE_FILE = "run_state.json"
+
+
+def read_state(run: Path) -> dict[str, Any]:
+    """The run's state, {} when it has none or it cannot be read."""
+    try:
+        return json.loads((run / STATE_FILE).read_text())
+    except (OSError, ValueError):
+        return {}
+
+
+def write_state(run: Path, **changes: Any) -> dict[str, Any]:
+    """Merge `changes` into the run's state file; a kill at any moment leaves the old or the new file, never half of one."""
+    state = {**read_state(run), **changes}
+    temporary = run / f".{STATE_FILE}.tmp"
+    with open(temporary, "w") as file:
+        json.dump(state, file, indent=2)
+        file.flush()
+        os.fsync(file.fileno())
+    os.replace(temporary, run / STATE_FILE)
+    return state
+
+
+def newest_run(root: Path, unfinished: bool = False) -> Path | None:
+    """The most recently created run below `root` (any depth), optionally only among those that can be continued."""
+    found = []
+    for file in root.glob(f"**/{STATE_FILE}"):
+        state = read_state(file.parent)
+        if state.get("created") and not (unfinished and state.get("status") == "done"):
+            found.append((str(state["created"]), file.parent))
+    return max(found)[1] if found else None

@@ -1,0 +1,203 @@
+"""What a configuration must fulfil beyond each class's own signature: types of run-level keys and rules between keys.
+
+A rule takes the resolved configuration (plain containers) and returns lines; each names both keys, their values and the remedy.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from typing import Any, Literal, get_type_hints
+
+from framework.signatures import check_targets, describe, fits, nearest
+
+
+@dataclass
+class Compile:
+    enabled: bool
+    mode: Literal["default", "reduce-overhead", "max-autotune", "max-autotune-no-cudagraphs"]
+    fullgraph: bool
+
+
+@dataclass
+class Ema:
+    enabled: bool
+    decay: float
+
+
+@dataclass
+class Checkpoint:
+    every_steps: int
+    keep_last: int
+    keep_best: int
+
+
+@dataclass
+class Validate:
+    every_steps: int
+    at_start: bool
+
+
+@dataclass
+class Samples:
+    every_steps: int
+    prompt: str | None
+    max_new_tokens: int
+
+
+@dataclass
+class Progress:
+    every_seconds: float
+
+
+@dataclass
+class Paths:
+    root: str
+    output_dir: str
+    cache_dir: str
+
+
+RUN_KEYS: dict[str, Any] = {
+    "seed": int,
+    "name": str,
+    "tags": list[str],
+    "ckpt": str | None,
+    "resume": str | None,
+    "resume_force": bool,
+    "optimized_metric": str,
+    "allow_targets": list[str],
+    "traceback": bool,
+    "gradient_checkpointing": bool,
+    "compile": Compile,
+    "ema": Ema,
+    "checkpoint": Checkpoint,
+    "validate": Validate,
+    "samples": Samples,
+    "progress": Progress,
+    "paths": Paths,
+}
+
+
+def problems(config: dict[str, Any]) -> list[str]:
+    """Every problem of a resolved training configuration, one line each; [] when it is sound."""
+    found = list(check_run_keys(config)) + check_targets(config)
+    if not found and "trainer" in config:  # rules may rely on the types; they are about training
+        found = [line for rule in RULES for line in rule(config)]
+    return found
+
+
+def check_run_keys(config: dict[str, Any]) -> Iterator[str]:
+    """Types of the keys that belong to no class."""
+    for key, hint in RUN_KEYS.items():
+        if key not in config:
+            continue
+        if not hasattr(hint, "__dataclass_fields__"):
+            if not fits(config[key], hint):
+                yield f"{key}: {config[key]!r} is not {describe(hint)}"
+            continue
+        hints, node = get_type_hints(hint), config[key]
+        if not isinstance(node, dict):
+            yield f"{key}: {node!r} is not a mapping; its keys are {', '.join(hints)}"
+            continue
+        for name, value in node.items():
+            if name not in hints:
+                yield f"{key}.{name}: unknown key{nearest(name, hints)}"
+            elif not fits(value, hints[name]):
+                yield f"{key}.{name}: {value!r} is not {describe(hints[name])}"
+
+
+def counts_are_positive(config: dict[str, Any]) -> Iterator[str]:
+    """Sizes and counts that must be at least 1."""
+    keys = {
+        "model": ("hidden_size", "num_layers", "num_heads", "num_kv_heads", "head_dim", "intermediate_size", "vocab_size", "window"),
+        "data": ("seq_len", "batch_size"),
+        "trainer": ("max_steps", "accumulate_grad_batches", "log_every_n_steps"),
+        "checkpoint": ("every_steps", "keep_last"),
+        "validate": ("every_steps",),
+        "samples": ("max_new_tokens",),
+    }
+    for group, names in keys.items():
+        for name in names:
+            value = (config.get(group) or {}).get(name)
+            if isinstance(value, (int, float)) and value < 1:
+                yield f"{group}.{name}: {value} is too small; at least 1"
+
+
+def seed_in_range(config: dict[str, Any]) -> Iterator[str]:
+    if not 0 <= config["seed"] < 2**32:
+        yield f"seed: {config['seed']} is out of range; 0 to 4294967295"
+
+
+def ema_decay(config: dict[str, Any]) -> Iterator[str]:
+    if not 0 < config["ema"]["decay"] < 1:
+        yield f"ema.decay: {config['ema']['decay']} is out of range; above 0 and below 1"
+
+
+def heads_divide(config: dict[str, Any]) -> Iterator[str]:
+    model = config["model"]
+    heads, groups, hidden = model.get("num_heads"), model.get("num_kv_heads"), model.get("hidden_size")
+    if heads and groups and heads % groups:
+        yield f"model.num_kv_heads: {groups} does not divide model.num_heads={heads}; every key/value head serves equally many query heads"
+    if heads and hidden and model.get("head_dim") is None and hidden % heads:
+        yield f"model.num_heads: {heads} does not divide model.hidden_size={hidden}; choose a divisor or set model.head_dim"
+
+
+def vocabulary_holds_tokenizer(config: dict[str, Any]) -> Iterator[str]:
+    size, tokenizer = config["model"].get("vocab_size"), config["data"].get("tokenizer") or {}
+    needed = tokenizer.get("vocab_size") if isinstance(tokenizer, dict) else None
+    if size and needed and size < needed:
+        yield f"model.vocab_size: {size} is below data.tokenizer.vocab_size={needed}; use null to follow the tokenizer"
+
+
+def warmup_fits(config: dict[str, Any]) -> Iterator[str]:
+    warmup, steps = (config.get("schedule") or {}).get("warmup_steps"), config["trainer"].get("max_steps")
+    if warmup and steps and warmup > steps:
+        yield f"schedule.warmup_steps: {warmup} is above trainer.max_steps={steps}; lower it or train longer"
+
+
+def completions_are_marked(config: dict[str, Any]) -> Iterator[str]:
+    if config["task"].get("loss_on") == "completion" and "loss_on" not in config["data"]:
+        yield "task.loss_on: 'completion' needs data that marks completions, and this data option does not; use data=chat, or task=pretrain"
+
+
+def position_uses_rope(config: dict[str, Any]) -> Iterator[str]:
+    rule = str((config.get("rope") or {}).get("_target_", ""))
+    if config["model"].get("position") == "none" and "factor" in (config.get("rope") or {}):
+        yield f"rope: {rule.rpartition('.')[2]} rescales a rotary embedding that model.position=none leaves out; use rope=none"
+
+
+def one_start(config: dict[str, Any]) -> Iterator[str]:
+    if config.get("ckpt") and config.get("resume"):
+        yield f"ckpt: {config['ckpt']!r} and resume={config['resume']!r} exclude each other; ckpt= starts a new run, resume= continues one"
+
+
+def precision_fits(config: dict[str, Any]) -> Iterator[str]:
+    trainer = config["trainer"]
+    allowed = ("32-true", "bf16-mixed", "bf16-true", "64-true", "16-mixed")
+    if str(trainer.get("precision")) not in (*allowed, "32"):
+        yield f"trainer.precision: {trainer['precision']!r} is not one of {', '.join(allowed)}{nearest(str(trainer['precision']), allowed)}"
+    elif trainer.get("accelerator") == "cpu" and str(trainer.get("precision")).startswith("16"):
+        yield "trainer.precision: '16-mixed' needs trainer=gpu; on a CPU use bf16-mixed or 32-true"
+
+
+def accelerator_is_there(config: dict[str, Any]) -> Iterator[str]:
+    if config["trainer"].get("accelerator") in ("gpu", "cuda"):
+        import torch
+
+        if not torch.cuda.is_available():
+            yield "trainer.accelerator: 'gpu' but no CUDA device was found; use trainer=cpu"
+
+
+RULES: tuple[Callable[[dict[str, Any]], Iterator[str]], ...] = (
+    counts_are_positive,
+    seed_in_range,
+    ema_decay,
+    heads_divide,
+    vocabulary_holds_tokenizer,
+    warmup_fits,
+    completions_are_marked,
+    position_uses_rope,
+    one_start,
+    precision_fits,
+    accelerator_is_there,
+)

@@ -1,0 +1,25 @@
+"""Generate: `python generate.py [group=option ...] [key=value ...]`; `python generate.py --help` lists them."""
+
+import sys
+
+import hydra
+from omegaconf import DictConfig
+
+from framework import entry, resolvers
+
+
+@hydra.main(version_base="1.3", config_path="conf", config_name="generate")
+def application(config: DictConfig) -> float | None:
+    from framework.run import generate
+
+    return entry.run_job(generate, config)
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Run on `argv` (default: the command line) and return the exit code."""
+    resolvers.register()
+    return entry.run_app(application, "generate", argv)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

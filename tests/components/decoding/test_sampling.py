@@ -49,7 +49,7 @@ def test_uniforms_are_uniform_and_uncorrelated():
         error = 5 / math.sqrt(12 * len(values))  # five standard errors of the mean of U(0, 1)
         assert abs(values.mean().item() - 0.5) < error
         assert abs(np.corrcoef(values[:-1], values[1:])[0, 1]) < 5 / math.sqrt(len(values))
-        assert 0 <= values.min() and values.max() < 1
+        assert values.min() >= 0 and values.max() < 1
 
 
 @pytest.mark.parametrize("temperature", [0.5, 1.0, 2.0])
@@ -145,8 +145,10 @@ def test_options_make_the_params():
 
 @pytest.mark.parametrize(
     ("key", "value"),
-    [("temperature", -1), ("temperature", math.nan), ("temperature", math.inf), ("temperature", "hot"), ("top_k", 0), ("top_k", 2.5)]
-    + [("top_p", 0), ("top_p", 1.5), ("top_p", "x"), ("top_k", True)],
+    [
+        *[("temperature", -1), ("temperature", math.nan), ("temperature", math.inf), ("temperature", "hot")],
+        *[("top_k", 0), ("top_k", 2.5), ("top_k", True), ("top_p", 0), ("top_p", 1.5), ("top_p", "x")],
+    ],
 )
 def test_bad_values_are_refused_by_name(key, value):
     with pytest.raises(UserError, match=rf"^decode\.{key}: {value}; .*allowed"):

@@ -63,6 +63,8 @@ def all_problems(config_name: str, overrides: list[str], error: Exception) -> li
     import hydra
 
     lines, good = explain(config_name, overrides)
+    if not lines:
+        return [first_line(error)]
     with config_loader():
         config = hydra.compose(config_name, good)
     detach(config)
@@ -70,7 +72,7 @@ def all_problems(config_name: str, overrides: list[str], error: Exception) -> li
         check(config)
     except ConfigErrors as further:
         lines = [*lines, *further.lines]
-    return lines or [first_line(error)]
+    return lines
 
 
 def detach(config: DictConfig) -> None:

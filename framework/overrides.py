@@ -47,7 +47,7 @@ def explain_one(config_name: str, good: list[str], override: str, error: Excepti
         options = group_options(key)
         where = f"one of {', '.join(options)}" if options else "no such group"
         return f"{key}: {value!r} is not an option; {where}{nearest(value, options)}"
-    if "Multiple values for" in str(error):
+    if override.startswith("+") and key in groups:
         return f"{override}: {key} is already in the defaults; drop the plus sign and write {key}={value}"
     keys = known_keys(compose(config_name, good))
     candidates = [*groups, *keys]

@@ -1,0 +1,95 @@
+"""Every option of every group composes, resolves, names real classes and only keys that they take."""
+
+import time
+from pathlib import Path
+
+import pytest
+import yaml
+
+from framework.build import compose
+from framework.overrides import CONF, group_names, group_options
+from framework.resolvers import register
+
+TRAIN = yaml.safe_load((CONF / "train.yaml").read_text())["defaults"]
+GENERATE = yaml.safe_load((CONF / "generate.yaml").read_text())["defaults"]
+
+
+def groups_of(defaults):
+    return {key.removeprefix("optional ").removeprefix("override /") for entry in defaults if isinstance(entry, dict) for key in entry}
+
+
+def cells():
+    for group in group_names():
+        if group in ("local", "model/overlay", "hydra"):
+            continue
+        for option in group_options(group):
+            config = "train" if group in groups_of(TRAIN) else "generate" if group in groups_of(GENERATE) else None
+            if config is not None and not (group == "task" and option == "answer"):
+                yield pytest.param(config, group, option, id=f"{group}={option}")
+
+
+@pytest.mark.parametrize(("config", "group", "option"), cells())
+def test_option_composes_and_passes_every_check(config, group, option):
+    overrides = [f"{group}={option}"]
+    if group == "data" and option in ("text", "chat"):
+        overrides.append("data.path=anything.txt")
+    if group == "task" and option == "sft":
+        overrides += ["data=chat", "data.path=anything.jsonl"]
+    if group == "trainer" and option == "gpu":
+        overrides.append("trainer.accelerator=cpu")  # no CUDA device where the tests run; everything else of the option is checked
+    compose(config, overrides)
+
+
+@pytest.mark.parametrize("model", group_options("model"))
+@pytest.mark.parametrize("size", ["test", "tiny", "small"])
+def test_every_model_has_every_common_size(model, size):
+    compose("train", [f"model={model}", f"model/size={size}"])
+
+
+def test_every_yaml_belongs_to_a_group_or_is_a_root():
+    known = {p for group in group_names() for p in (CONF / group).glob("*.yaml")} | {CONF / "train.yaml", CONF / "generate.yaml"}
+    assert set(CONF.rglob("*.yaml")) == known
+    assert not list(Path(CONF).rglob("*.yml"))
+
+
+def test_overlay_follows_both_choices():
+    config = compose("train", ["model=phi4mini", "model/size=test"])
+    other = compose("train", ["model=samba", "model/size=test"])
+    assert config.model._target_ != other.model._target_
+    assert "state_size" in other.model and "state_size" not in config.model
+
+
+def test_resolvers_can_be_registered_twice():
+    register()
+    register()
+
+
+def test_python_api_equals_command_line(capsys, monkeypatch):
+    """`compose` gives what `python train.py --cfg job --resolve` prints."""
+    import train
+
+    words = ["model=phi4mini", "model/size=test", "seed=7", "paths.output_dir=somewhere"]
+    assert train.main([*words, "--cfg", "job", "--resolve"]) == 0
+    printed = yaml.safe_load(capsys.readouterr().out)
+    from omegaconf import OmegaConf
+
+    assert printed == OmegaConf.to_container(compose("train", words), resolve=True)
+
+
+def test_help_and_cfg_import_nothing_heavy():
+    """`--help` and `--cfg job --resolve` answer at once because neither torch nor Lightning is imported before composition."""
+    import subprocess
+    import sys
+
+    code = (
+        "import sys, train\n"
+        "assert train.main(['--help']) == 0 and train.main(['--cfg', 'job', '--resolve']) == 0\n"
+        "heavy = {'torch', 'lightning', 'wandb', 'datasets', 'numpy'} & set(sys.modules)\n"
+        "assert not heavy, heavy"
+    )
+    started = time.monotonic()
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=CONF.parent)
+    assert done.returncode == 0, done.stderr
+    assert time.monotonic() - started < 30  # a hang, not a speed claim
+    for word in ("model", "samba", "optimizer", "muon"):
+        assert word in done.stdout

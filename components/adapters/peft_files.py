@@ -1,0 +1,95 @@
+"""The folder that PEFT writes for a LoRA: adapter_config.json and adapter_model.safetensors with keys base_model.model.<path>.lora_A.weight."""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save_file
+from torch import Tensor, nn
+
+from components.contracts import UserError
+
+KEY_PREFIX = "base_model.model."
+WEIGHTS, CONFIG = "adapter_model.safetensors", "adapter_config.json"
+# Options of a LoraConfig that change the forward pass, with the only values that mean plain LoRA.
+PLAIN: dict[str, Any] = {
+    "bias": "none",
+    "fan_in_fan_out": False,
+    "use_dora": False,
+    "lora_bias": False,
+    "modules_to_save": None,
+    "rank_pattern": {},
+    "alpha_pattern": {},
+    "layers_to_transform": None,
+    "layer_replication": None,
+    "target_parameters": None,
+    "trainable_token_indices": None,
+    "alora_invocation_tokens": None,
+    "use_qalora": False,
+}
+
+
+def write_peft(
+    folder: Path, model: nn.Module, modules: Sequence[str], state: dict[str, Tensor], r: int, alpha: float, dropout: float, use_rslora: bool
+) -> None:
+    """Write one LoRA. modules: names of the wrapped modules. state: tensors by parameter name, without PEFT's prefix."""
+    folder.mkdir(parents=True, exist_ok=True)
+    config = {
+        "peft_type": "LORA",
+        "task_type": "CAUSAL_LM",
+        "base_model_name_or_path": None,
+        "inference_mode": True,
+        "r": r,
+        "lora_alpha": alpha,
+        "lora_dropout": dropout,
+        "target_modules": _target_modules(model, modules),
+        "exclude_modules": None,
+        "use_rslora": use_rslora,
+        "init_lora_weights": True,
+        **PLAIN,
+    }
+    save_file({f"{KEY_PREFIX}{name}": tensor.contiguous().cpu() for name, tensor in state.items()}, folder / WEIGHTS, {"format": "pt"})
+    (folder / CONFIG).write_text(json.dumps(config, indent=2, sort_keys=True) + "\n", encoding="utf-8")
+
+
+def read_peft(folder: Path) -> tuple[dict[str, Any], dict[str, Tensor]]:
+    """Return the configuration and the tensors by parameter name.
+
+    Raises UserError for a missing or damaged file, another method than LoRA, or an option beyond plain LoRA.
+    """
+    for file in (CONFIG, WEIGHTS):
+        if not (folder / file).is_file():
+            raise UserError(f"{folder / file}: no such file; an adapter folder holds {CONFIG} and {WEIGHTS}")
+    try:
+        config = json.loads((folder / CONFIG).read_text(encoding="utf-8"))
+        state = load_file(folder / WEIGHTS)
+    except (ValueError, SafetensorError) as error:
+        raise UserError(f"{folder}: damaged adapter ({error}); copy or export it again") from None
+    if not isinstance(config, dict) or config.get("peft_type") != "LORA":
+        kind = config.get("peft_type") if isinstance(config, dict) else type(config).__name__
+        raise UserError(f"{folder / CONFIG}: peft_type is {kind}; only LORA can be read")
+    for key, plain in PLAIN.items():
+        if config.get(key, plain) not in (plain, None, {}, []):
+            raise UserError(f"{folder / CONFIG}: {key} is {config[key]!r}; only plain LoRA ({key}={plain!r}) can be read")
+    missing = [key for key in ("r", "lora_alpha", "target_modules") if key not in config]
+    if missing:
+        raise UserError(f"{folder / CONFIG}: lacks {', '.join(missing)}")
+    config = {"lora_dropout": 0.0, "exclude_modules": None, "use_rslora": False, **config}
+    for name in state:
+        if not name.startswith(KEY_PREFIX):
+            raise UserError(f"{folder / WEIGHTS}: key {name!r} does not start with {KEY_PREFIX}")
+    return config, {name.removeprefix(KEY_PREFIX): tensor for name, tensor in state.items()}
+
+
+def _target_modules(model: nn.Module, modules: Sequence[str]) -> list[str] | str:
+    """PEFT's target_modules for exactly these modules: their last names where those single them out, else a regex of the full names."""
+    wrapped = set(modules)
+    last = sorted({name.rpartition(".")[2] for name in modules})
+    inside = tuple(f"{name}." for name in wrapped)
+    alike = {name for name, _ in model.named_modules() if name.rpartition(".")[2] in last and not name.startswith(inside)}
+    return last if alike == wrapped else "|".join(re.escape(name) for name in modules)

@@ -1,0 +1,104 @@
+"""Which modules an adapter wraps: by role, by regex, by name suffix, or all linear layers."""
+
+from __future__ import annotations
+
+import difflib
+import re
+from collections.abc import Iterator, Mapping, Sequence
+
+from torch import nn
+
+from components.contracts import ROLES, Role, UserError
+
+NEVER_ALL = ("head", "embedding", "router")  # `all-linear` leaves these alone
+MOST_NAMES = 20  # nearest names in a message
+
+
+def select_modules(
+    model: nn.Module, targets: str | Sequence[str], exclude: str | None, roles: Mapping[str, Role], opaque: type[nn.Module]
+) -> list[str]:
+    """Names of the leaf modules to wrap, in the order of the model.
+
+    targets: `role:qkv,o` (modules whose weight has one of the roles; a role that this model lacks is skipped), `all-linear` (every
+        nn.Linear but head, embedding and router), any other string as a regex for the whole name, or a list of name endings at dots, of
+        which each must match. exclude: regex for the whole name; wins. roles: by parameter name before wrapping. opaque: wrapper type that
+        counts as a leaf. Raises UserError when nothing is left, listing the nearest names, and for a leaf that is no nn.Linear.
+    """
+    leaves = dict(_leaves(model, opaque))
+    dropped = _compile("adapter.exclude", exclude) if exclude is not None else None
+    chosen = [
+        name
+        for name in _matches(model, leaves, targets, roles, opaque)
+        if dropped is None or not dropped.fullmatch(name)
+    ]  # fmt: skip
+    if not chosen:
+        raise UserError(
+            f"adapter.targets: {_shown(targets)} matches no module{' outside adapter.exclude' if exclude else ''}; {_nearest(targets, leaves)}"
+        )
+    for name in chosen:
+        if not isinstance(leaves[name], nn.Linear | opaque):
+            raise UserError(
+                f"adapter.targets: {_shown(targets)} matches {name}, a {type(leaves[name]).__name__}; only nn.Linear can be wrapped, "
+                "narrow the pattern or set adapter.exclude"
+            )
+    return chosen
+
+
+def _leaves(module: nn.Module, opaque: type[nn.Module], name: str = "") -> Iterator[tuple[str, nn.Module]]:
+    """Modules without children by name; what `opaque` wraps is not entered. A module under two names is listed under both."""
+    children = list(module.named_children()) if not isinstance(module, opaque) else []
+    if name and not children:
+        yield name, module
+    for child_name, child in children:
+        yield from _leaves(child, opaque, f"{name}.{child_name}" if name else child_name)
+
+
+def _matches(
+    model: nn.Module, leaves: Mapping[str, nn.Module], targets: str | Sequence[str], roles: Mapping[str, Role], opaque: type[nn.Module]
+) -> list[str]:
+    if not isinstance(targets, str):
+        return _by_suffix(leaves, list(targets))
+    if targets == "all-linear":
+        output = model.get_output_embeddings() if hasattr(model, "get_output_embeddings") else None  # type: ignore[operator]
+        linear = [name for name, module in leaves.items() if isinstance(module, nn.Linear | opaque) and module is not output]
+        return [name for name in linear if roles.get(f"{name}.weight") not in NEVER_ALL]
+    if targets.startswith("role:"):
+        wanted = [role.strip() for role in targets.removeprefix("role:").split(",")]
+        for role in wanted:
+            if role not in ROLES:
+                near = difflib.get_close_matches(role, ROLES, 1)
+                raise UserError(
+                    f"adapter.targets: {role!r} is not a role; allowed: {', '.join(ROLES)}" + (f"; did you mean {near[0]}?" if near else "")
+                )
+        return [name for name in leaves if roles.get(f"{name}.weight") in wanted]
+    pattern = _compile("adapter.targets", targets)
+    return [name for name in leaves if pattern.fullmatch(name)]
+
+
+def _by_suffix(leaves: Mapping[str, nn.Module], suffixes: Sequence[str]) -> list[str]:
+    found: set[str] = set()
+    for suffix in suffixes:
+        hits = [name for name in leaves if name == suffix or name.endswith(f".{suffix}")]
+        if not hits:
+            raise UserError(f"adapter.targets: no module's name ends in {suffix!r}; {_nearest(suffix, leaves)}")
+        found.update(hits)
+    return [name for name in leaves if name in found]
+
+
+def _nearest(targets: str | Sequence[str], leaves: Mapping[str, nn.Module]) -> str:
+    """The names most like what was asked for; those that could be wrapped come from nn.Linear layers alone."""
+    names = [name for name, module in leaves.items() if isinstance(module, nn.Linear)]
+    wanted = targets if isinstance(targets, str) else " ".join(targets)
+    near = difflib.get_close_matches(wanted, names, MOST_NAMES, cutoff=0.0)
+    return f"nearest linear modules: {', '.join(near)}" if near else "the model has no linear module"
+
+
+def _shown(targets: str | Sequence[str]) -> str:
+    return repr(targets if isinstance(targets, str) else list(targets))
+
+
+def _compile(key: str, pattern: str) -> re.Pattern[str]:
+    try:
+        return re.compile(pattern)
+    except re.error as error:
+        raise UserError(f"{key}: {pattern!r} is not a regular expression ({error})") from None

@@ -61,7 +61,7 @@ def wsd(
     decaying = _steps("decay", decay_steps, decay_fraction, total_steps)
     if warmup + decaying > total_steps:
         raise UserError(
-            f"schedule.decay_steps: warm-up of {warmup} and decay of {decaying} steps exceed trainer.max_steps={total_steps}; shorten one of them"
+            f"schedule.decay_steps: {decaying}; with {warmup} of warm-up more than trainer.max_steps={total_steps}; shorten one of them"
         )
     return LambdaLR(optimizer, partial(_wsd, warmup=warmup, decaying=decaying, total=total_steps, decay=decay, final=final_factor))
 

@@ -97,7 +97,7 @@ class LoRA:
 
     @classmethod
     def from_folder(cls, folder: Path | str) -> LoRA:
-        """The adapter that a PEFT folder describes; then `apply` it and `load`. Raises UserError for options that are more than plain LoRA."""
+        """The adapter that a PEFT folder describes; then `apply` it and `load`. Raises UserError for more than plain LoRA."""
         config, _ = read_peft(Path(folder))
         return cls(
             config["r"],

@@ -1,4 +1,4 @@
-"""The folder that PEFT writes for a LoRA: adapter_config.json and adapter_model.safetensors with keys base_model.model.<path>.lora_A.weight."""
+"""The folder that PEFT writes for a LoRA: adapter_config.json, and adapter_model.safetensors with base_model.model.<path>.lora_A.weight."""
 
 from __future__ import annotations
 
@@ -80,6 +80,10 @@ def read_peft(folder: Path) -> tuple[dict[str, Any], dict[str, Tensor]]:
     if missing:
         raise UserError(f"{folder / CONFIG}: lacks {', '.join(missing)}")
     config = {"lora_dropout": 0.0, "exclude_modules": None, "use_rslora": False, **config}
+    if isinstance(config["exclude_modules"], list):  # PEFT reads a list as name endings
+        config["exclude_modules"] = (
+            rf"(.*\.)?({'|'.join(map(re.escape, config['exclude_modules']))})" if config["exclude_modules"] else None
+        )
     for name in state:
         if not name.startswith(KEY_PREFIX):
             raise UserError(f"{folder / WEIGHTS}: key {name!r} does not start with {KEY_PREFIX}")

@@ -22,20 +22,18 @@ def select_modules(
     targets: `role:qkv,o` (modules whose weight has one of the roles; a role that this model lacks is skipped), `all-linear` (every
         nn.Linear but head, embedding and router), any other string as a regex for the whole name, or a list of name endings at dots, of
         which each must match. exclude: regex for the whole name; wins. roles: by parameter name before wrapping. opaque: wrapper type that
-        counts as a leaf. Raises UserError when nothing is left, listing the nearest names, and for a leaf that is no nn.Linear.
+        counts as a leaf. Raises UserError when nothing is left, listing the nearest names, for a leaf that is no nn.Linear,
+        and for the head, which is not called as a module in training.
     """
     leaves = dict(_leaves(model, opaque))
     dropped = _compile("adapter.exclude", exclude) if exclude is not None else None
-    chosen = [
-        name
-        for name in _matches(model, leaves, targets, roles, opaque)
-        if dropped is None or not dropped.fullmatch(name)
-    ]  # fmt: skip
+    chosen = [name for name in _matches(model, leaves, targets, roles, opaque) if dropped is None or not dropped.fullmatch(name)]
     if not chosen:
-        raise UserError(
-            f"adapter.targets: {_shown(targets)} matches no module{' outside adapter.exclude' if exclude else ''}; {_nearest(targets, leaves)}"
-        )
+        outside = " outside adapter.exclude" if exclude else ""
+        raise UserError(f"adapter.targets: {_shown(targets)} matches no module{outside}; {_nearest(targets, leaves)}")
     for name in chosen:
+        if roles.get(f"{name}.weight") == "head":
+            raise UserError(f"adapter.targets: {_shown(targets)} matches the head {name}, whose weight the loss reads; set adapter.exclude")
         if not isinstance(leaves[name], nn.Linear | opaque):
             raise UserError(
                 f"adapter.targets: {_shown(targets)} matches {name}, a {type(leaves[name]).__name__}; only nn.Linear can be wrapped, "
@@ -46,7 +44,7 @@ def select_modules(
 
 def _leaves(module: nn.Module, opaque: type[nn.Module], name: str = "") -> Iterator[tuple[str, nn.Module]]:
     """Modules without children by name; what `opaque` wraps is not entered. A module under two names is listed under both."""
-    children = list(module.named_children()) if not isinstance(module, opaque) else []
+    children = [] if isinstance(module, opaque) else [(key, child) for key, child in module._modules.items() if child is not None]
     if name and not children:
         yield name, module
     for child_name, child in children:

@@ -97,7 +97,8 @@ def build_groups(
         group["parameter_names"].append(item.name)
         if item.role not in group["roles"]:
             group["roles"].append(item.role)
-    return list(grouped.values())
+    order = list(kinds)
+    return sorted(grouped.values(), key=lambda group: (order.index(group["kind"]), group["name"] != group["kind"]))
 
 
 def describe(optimizer: torch.optim.Optimizer) -> list[dict[str, Any]]:

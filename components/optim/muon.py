@@ -36,7 +36,7 @@ class Muon(torch.optim.Optimizer):
     matrix_roles: roles whose parameters of two or more dimensions go to Muon; leading dimensions beyond two are a stack of matrices.
     adamw_lr, adamw_betas, adamw_eps: for the rest. no_decay_roles, overrides: see `build_groups`.
 
-    State is float32 whatever the parameter's dtype (float64 for float64). `.grad` is only read; a parameter without a gradient is left alone.
+    State is float32 whatever the parameter's dtype (float64 for float64). `.grad` is only read; a parameter without one is left alone.
     Raises UserError for values out of range, overrides that match nothing, or a vector sent to Muon.
     """
 
@@ -120,7 +120,7 @@ class Muon(torch.optim.Optimizer):
 
     def _step_matrices(self, group: dict[str, Any], ready: list[int]) -> None:
         params: list[Tensor] = [group["params"][i] for i in ready]
-        grads = [_wide(p.grad) for p in params]
+        grads = [_wide(p.grad) for p in params if p.grad is not None]
         for p, grad in zip(params, grads, strict=True):
             if "momentum_buffer" not in self.state[p]:
                 self.state[p]["momentum_buffer"] = torch.zeros_like(grad, memory_format=torch.contiguous_format)
@@ -142,7 +142,7 @@ class Muon(torch.optim.Optimizer):
 
     def _step_adamw(self, group: dict[str, Any], ready: list[int]) -> None:
         params: list[Tensor] = [group["params"][i] for i in ready]
-        grads, wide = [_wide(p.grad) for p in params], [_wide(p) for p in params]
+        grads, wide = [_wide(p.grad) for p in params if p.grad is not None], [_wide(p) for p in params]
         for p, grad in zip(params, grads, strict=True):
             state = self.state[p]
             if not state:

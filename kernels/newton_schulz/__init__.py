@@ -5,9 +5,9 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from kernels.newton_schulz.eager import fast_dtype, newton_schulz_eager
+from kernels.dispatch import pick
 
-__all__ = ["fast_dtype", "newton_schulz"]
+__all__ = ["newton_schulz"]
 
 
 def newton_schulz(
@@ -31,4 +31,4 @@ def newton_schulz(
         raise ValueError(f"newton_schulz: x is {x.dtype} of shape {tuple(x.shape)}; it needs floating matrices (..., m, n)")
     if steps < 0 or len(coefficients) != 3:
         raise ValueError(f"newton_schulz: steps={steps}, coefficients={tuple(coefficients)}; needs steps >= 0 and three coefficients")
-    return newton_schulz_eager(x, steps, coefficients, eps, dtype)
+    return pick("newton_schulz", x.device).newton_schulz(x, steps, coefficients, eps, dtype)

@@ -21,13 +21,7 @@ def fast_dtype(device_type: str) -> torch.dtype:
     return torch.float32
 
 
-def newton_schulz_eager(
-    x: Tensor,
-    steps: int = 5,
-    coefficients: tuple[float, float, float] = (3.4445, -4.7750, 2.0315),
-    eps: float = 1e-7,
-    dtype: torch.dtype | None = None,
-) -> Tensor:
+def newton_schulz(x: Tensor, steps: int, coefficients: tuple[float, float, float], eps: float, dtype: torch.dtype | None = None) -> Tensor:
     """See `kernels.newton_schulz.newton_schulz`. x: (..., m, n) floating. Works on the side with fewer rows; norms in float32 or better."""
     a, b, c = coefficients
     if x.numel() == 0:

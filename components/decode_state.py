@@ -1,0 +1,249 @@
+"""The decode state of every model: full or ring key/value caches, convolution and state-space memory, one length per row.
+
+Positions of the cached keys are not stored: position p lives in slot p mod S, so the rows' lengths alone say what each slot holds.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+_FIRST_SLOTS = 256  # a growing cache starts here and doubles
+
+
+class Step:
+    """Bookkeeping of one call of the model with a state, shared by its layers.
+
+    positions: (B, T) int64, where in its row each new token stands. fresh: no row has seen a token yet.
+    """
+
+    def __init__(self, length: Tensor, tokens: int, longest: int) -> None:
+        self.positions = length[:, None] + torch.arange(tokens, device=length.device)  # (B, T)
+        self.fresh = longest == 0
+        self.needed = longest + tokens
+        self._rows = torch.arange(len(length), device=length.device)[:, None]  # (B, 1)
+        self._held: dict[tuple[int, bool], Tensor] = {}
+
+    def held(self, slots: int, before: bool = False) -> Tensor:
+        """(B, slots) int64: the position that each slot holds after this step's tokens were written (or before that); -1 where empty."""
+        key = (slots, before)
+        if key not in self._held:
+            newest = self.positions[:, :1] - 1 if before else self.positions[:, -1:]  # (B, 1)
+            slot = torch.arange(slots, device=newest.device)
+            self._held[key] = (newest - (newest - slot) % slots).clamp_min(-1)
+        return self._held[key]
+
+    def write(self, buffer: Tensor, new: Tensor) -> None:
+        """Put new (B, G, T, K) into buffer (B, G, S, K) in place, at slot = position mod S; of more than S tokens the last S stay."""
+        new = new.detach()[:, :, -buffer.shape[2] :]
+        slots = self.positions[:, -new.shape[2] :] % buffer.shape[2]  # (B, T)
+        buffer[self._rows, :, slots] = new.transpose(1, 2).to(buffer.dtype)
+
+
+@dataclass
+class KVCache:
+    """Rotated keys and values of one attention layer.
+
+    keys, values: (B, G, S, K). With a window, S = window slots are a ring; else S grows by doubling up to `limit`.
+    """
+
+    keys: Tensor
+    values: Tensor
+    window: int | None
+    limit: int
+
+    @classmethod
+    def empty(
+        cls, shape: tuple[int, int, int], window: int | None, max_length: int, dtype: torch.dtype, device: torch.device | str
+    ) -> KVCache:
+        """Return zeroed buffers for shape (B, G, K)."""
+        batch, groups, size = shape
+        slots = window if window is not None else min(max_length, _FIRST_SLOTS)
+        keys, values = (torch.zeros(batch, groups, slots, size, dtype=dtype, device=device) for _ in range(2))
+        return cls(keys, values, window, max_length)
+
+    def write(self, keys: Tensor, values: Tensor, step: Step) -> None:
+        """Store new keys and values (B, G, T, K). Raises ValueError when a cache without a window would outgrow its limit."""
+        if self.window is None and step.needed > self.keys.shape[2]:
+            if step.needed > self.limit:
+                raise ValueError(
+                    f"decode state: {step.needed} tokens do not fit max_length={self.limit}; ask for new_state(max_length={step.needed})"
+                )
+            self._grow(min(self.limit, max(step.needed, 2 * self.keys.shape[2])))
+        step.write(self.keys, keys)
+        step.write(self.values, values)
+
+    def append(self, keys: Tensor, values: Tensor, step: Step) -> tuple[Tensor, Tensor, Tensor]:
+        """Store new keys and values (B, G, T, K); return what the new queries may look at: keys, values (B, G, S, K), positions (B, S)."""
+        if self.window is not None and keys.shape[2] > 1:  # writing first would overwrite keys that the earlier new queries still see
+            seen = (
+                torch.cat([self.keys, keys.detach().to(self.keys.dtype)], dim=2),
+                torch.cat([self.values, values.detach().to(self.values.dtype)], dim=2),
+            )
+            positions = torch.cat([step.held(self.window, before=True), step.positions], dim=1)
+            self.write(keys, values, step)
+            return *seen, positions
+        self.write(keys, values, step)
+        slots = self.window if self.window is not None else step.needed
+        return self.keys[:, :, :slots], self.values[:, :, :slots], step.held(slots)
+
+    def map_rows(self, change: Callable[[Tensor], Tensor]) -> KVCache:
+        return KVCache(change(self.keys), change(self.values), self.window, self.limit)
+
+    def reset(self, rows: Tensor) -> None:
+        """Nothing to clear: a row of length 0 has no position in any slot."""
+
+    def save(self) -> dict[str, Any]:
+        return {"kind": "kv", "keys": self.keys.clone(), "values": self.values.clone(), "window": self.window, "limit": self.limit}
+
+    @staticmethod
+    def cat(layers: Sequence[KVCache]) -> KVCache:
+        if len({layer.window for layer in layers}) > 1:
+            raise ValueError(f"decode state: cannot join caches of windows {sorted({str(layer.window) for layer in layers})}")
+        slots = max(layer.keys.shape[2] for layer in layers)
+        for layer in layers:
+            layer._grow(slots)
+        keys, values = torch.cat([layer.keys for layer in layers]), torch.cat([layer.values for layer in layers])
+        return KVCache(keys, values, layers[0].window, max(layer.limit for layer in layers))
+
+    def _grow(self, slots: int) -> None:
+        batch, groups, old, size = self.keys.shape
+        if slots > old:
+            more = self.keys.new_zeros(batch, groups, slots - old, size)
+            self.keys, self.values = torch.cat([self.keys, more], dim=2), torch.cat([self.values, more], dim=2)
+
+    @property
+    def tensors(self) -> tuple[Tensor, ...]:
+        return self.keys, self.values
+
+
+@dataclass
+class RecurrentState:
+    """Memory of one state-space layer: conv (B, W-1, D) inputs before the convolution, ssm (B, D, N); both at least fp32."""
+
+    conv: Tensor
+    ssm: Tensor
+
+    @classmethod
+    def empty(cls, batch: int, taps: int, channels: int, size: int, dtype: torch.dtype, device: torch.device | str) -> RecurrentState:
+        dtype = torch.promote_types(dtype, torch.float32)  # bf16 states drift by 8e-2 over 8192 tokens
+        return cls(
+            torch.zeros(batch, taps, channels, dtype=dtype, device=device), torch.zeros(batch, channels, size, dtype=dtype, device=device)
+        )
+
+    def update(self, conv: Tensor, ssm: Tensor) -> None:
+        """Take the new states, keeping the own dtype."""
+        self.conv, self.ssm = conv.detach().to(self.conv.dtype), ssm.detach().to(self.ssm.dtype)
+
+    def map_rows(self, change: Callable[[Tensor], Tensor]) -> RecurrentState:
+        return RecurrentState(change(self.conv), change(self.ssm))
+
+    def reset(self, rows: Tensor) -> None:
+        self.conv[rows] = 0
+        self.ssm[rows] = 0
+
+    def save(self) -> dict[str, Any]:
+        return {"kind": "recurrent", "conv": self.conv.clone(), "ssm": self.ssm.clone()}
+
+    @staticmethod
+    def cat(layers: Sequence[RecurrentState]) -> RecurrentState:
+        return RecurrentState(torch.cat([layer.conv for layer in layers]), torch.cat([layer.ssm for layer in layers]))
+
+    @property
+    def tensors(self) -> tuple[Tensor, ...]:
+        return self.conv, self.ssm
+
+
+LayerState = KVCache | RecurrentState
+
+
+class DecodeState:
+    """One object for all models: `model(batch, state)` appends batch.input_ids (B, T) and updates the state in place.
+
+    Gradients do not flow through it. length: (B,) int64; regime: (B,) int8, RoPE regime that the caches were filled with.
+    """
+
+    def __init__(self, layers: list[LayerState], length: Tensor, regime: Tensor, longest: int = 0) -> None:
+        self.layers = layers
+        self.length = length
+        self.regime = regime
+        self._longest = longest  # upper bound of length known without reading the device
+
+    @classmethod
+    def empty(cls, layers: list[LayerState], batch_size: int, device: torch.device | str) -> DecodeState:
+        length = torch.zeros(batch_size, dtype=torch.int64, device=device)
+        return cls(layers, length, torch.zeros(batch_size, dtype=torch.int8, device=device))
+
+    @property
+    def batch_size(self) -> int:
+        return len(self.length)
+
+    @property
+    def size_bytes(self) -> int:
+        """Memory of all buffers, in bytes."""
+        return sum(t.numel() * t.element_size() for layer in self.layers for t in layer.tensors)
+
+    def begin(self, batch_size: int, tokens: int) -> Step:
+        """Start a call that appends `tokens` tokens to each row. Raises ValueError on another number of rows."""
+        if batch_size != self.batch_size:
+            raise ValueError(
+                f"decode state: input_ids has {batch_size} rows, the state has {self.batch_size}; use state.select or new_state"
+            )
+        return Step(self.length, tokens, self._longest)
+
+    def finish(self, tokens: int) -> None:
+        """Count the tokens of a completed call."""
+        self.length = self.length + tokens
+        self._longest += tokens
+
+    def fork(self, n: int) -> DecodeState:
+        """Copy every row n times: row b becomes rows b*n .. b*n+n-1."""
+        return self._map_rows(lambda t: t.repeat_interleave(n, dim=0))
+
+    def select(self, rows: Tensor) -> DecodeState:
+        """Copy the given rows, (R,) int64 or (B,) bool, in their order."""
+        index = rows.nonzero().squeeze(1) if rows.dtype == torch.bool else rows
+        return self._map_rows(lambda t: t.index_select(0, index))
+
+    def reset(self, rows: Tensor) -> None:
+        """Forget the given rows, (R,) int64 or (B,) bool, in place."""
+        self.length = self.length.clone()
+        self.length[rows] = 0
+        self.regime[rows] = 0
+        for layer in self.layers:
+            layer.reset(rows)
+        self._longest = int(self.length.max()) if self.batch_size else 0
+
+    def stale_rows(self) -> Tensor:
+        """(B,) bool: rows whose cache was filled under another RoPE regime than their length asks for; a spec has one regime: none."""
+        return torch.zeros_like(self.regime, dtype=torch.bool)
+
+    def save(self) -> dict[str, Any]:
+        """Return copies of everything as tensors and plain Python values, fit for torch.save and torch.load(weights_only=True)."""
+        return {"length": self.length.clone(), "regime": self.regime.clone(), "layers": [layer.save() for layer in self.layers]}
+
+    @staticmethod
+    def load(saved: dict[str, Any], device: torch.device | str = "cpu") -> DecodeState:
+        """Rebuild what `save` returned, as copies on `device`."""
+        layers: list[LayerState] = []
+        for layer in saved["layers"]:
+            values = {k: v.clone().to(device) if isinstance(v, Tensor) else v for k, v in layer.items() if k != "kind"}
+            layers.append(KVCache(**values) if layer["kind"] == "kv" else RecurrentState(**values))
+        length = saved["length"].clone().to(device)
+        return DecodeState(layers, length, saved["regime"].clone().to(device), int(length.max()) if len(length) else 0)
+
+    @staticmethod
+    def cat(states: Sequence[DecodeState]) -> DecodeState:
+        """Join the rows of states of the same model, in order. Raises ValueError when their layers differ."""
+        if not states or len({tuple(type(layer) for layer in s.layers) for s in states}) != 1:
+            raise ValueError("decode state: cat needs one or more states of the same model")
+        layers = [type(group[0]).cat(group) for group in zip(*(s.layers for s in states), strict=True)]
+        length, regime = torch.cat([s.length for s in states]), torch.cat([s.regime for s in states])
+        return DecodeState(layers, length, regime, max(s._longest for s in states))
+
+    def _map_rows(self, change: Callable[[Tensor], Tensor]) -> DecodeState:
+        return DecodeState([layer.map_rows(change) for layer in self.layers], change(self.length), change(self.regime), self._longest)

@@ -1,0 +1,192 @@
+"""Samba (arXiv 2406.07522): Mamba-1 -> SwiGLU -> sliding-window attention -> SwiGLU, repeated.
+
+Notable: every sublayer pre-norm with its own residual; no attention beyond the window, so decoding needs constant memory; tied head;
+no bias but those of the convolution and of dt; rotary on whole heads. A layer here is one mixer + MLP, two of the paper's sublayers.
+"""
+
+from __future__ import annotations
+
+import math
+
+import torch
+from torch import Tensor, nn
+
+from components.blocks import MLP, Attention, AttentionBlock, Block, Context, Decoder, check_choice, check_positive
+from components.contracts import RopeRule, UserError
+from components.decode_state import LayerState, RecurrentState
+from kernels.causal_conv1d import causal_conv1d
+from kernels.selective_scan import selective_scan
+
+_DT_MIN, _DT_MAX, _DT_FLOOR = 1e-3, 1e-1, 1e-4  # range of the step size dt at init, in tokens; the paper finds it insensitive
+
+
+class MambaMixer(nn.Module):
+    """Mamba-1 (arXiv 2312.00752, Alg. 2), D = expand * hidden_size channels with N = state_size numbers each.
+
+    u, z = in_proj(x); u = silu(conv(u)); dt_low, B, C = x_proj(u); dt = softplus(dt_proj(dt_low) + dt_bias);
+    h_t = exp(dt_t A) h_{t-1} + (dt_t u_t) B_t; y_t = h_t C_t + D u_t; out_proj(y * silu(z)), with A = -exp(A_log).
+
+    Note: dt's bias is the parameter `dt_bias`, not a bias of dt_proj, so that it is added in fp32 under autocast and a wrapper round
+    dt_proj keeps working. Keep A_log, D and dt_bias in fp32 (autocast, not a cast of the module). conv_weight is (D, W); its last tap
+    multiplies the current token.
+
+    >>> MambaMixer(hidden_size=8, state_size=4, conv_kernel=4, expand=2, dt_rank=None)(torch.zeros(1, 3, 8)).shape
+    torch.Size([1, 3, 8])
+    """
+
+    def __init__(self, hidden_size: int, state_size: int, conv_kernel: int, expand: int, dt_rank: int | None) -> None:
+        super().__init__()
+        check_positive(state_size=state_size, conv_kernel=conv_kernel, expand=expand, dt_rank=dt_rank)
+        channels = expand * hidden_size
+        self.dt_rank = math.ceil(hidden_size / 16) if dt_rank is None else dt_rank
+        self.state_size = state_size
+        self.in_proj = nn.Linear(hidden_size, 2 * channels, bias=False)
+        self.conv_weight = nn.Parameter(torch.empty(channels, conv_kernel))
+        self.conv_bias = nn.Parameter(torch.empty(channels))
+        self.x_proj = nn.Linear(channels, self.dt_rank + 2 * state_size, bias=False)
+        self.dt_proj = nn.Linear(self.dt_rank, channels, bias=False)
+        self.dt_bias = nn.Parameter(torch.empty(channels))
+        self.A_log = nn.Parameter(torch.empty(channels, state_size))
+        self.D = nn.Parameter(torch.ones(channels))
+        self.out_proj = nn.Linear(channels, hidden_size, bias=False)
+        self.reset_ssm()
+
+    @torch.no_grad()
+    def reset_ssm(self) -> None:
+        """Initialise all but the projections: conv U(+-1/sqrt W), A_log = ln 1..N, D = 1, softplus(dt_bias) log-uniform in [1e-3, 1e-1]."""
+        bound = self.conv_weight.shape[1] ** -0.5
+        self.conv_weight.uniform_(-bound, bound)
+        self.conv_bias.uniform_(-bound, bound)
+        dt = torch.rand_like(self.dt_bias).mul_(math.log(_DT_MAX / _DT_MIN)).add_(math.log(_DT_MIN)).exp_().clamp_min_(_DT_FLOOR)
+        self.dt_bias.copy_(dt + torch.log(-torch.expm1(-dt)))  # inverse of softplus
+        self.A_log.copy_(torch.arange(1, self.state_size + 1, dtype=self.A_log.dtype, device=self.A_log.device).log())
+        self.D.fill_(1.0)
+
+    def forward(self, x: Tensor, document_start: Tensor | None = None, state: RecurrentState | None = None) -> Tensor:
+        """x: (B, L, hidden); document_start: (B, L) bool, where conv and state start anew. Returns (B, L, hidden); updates `state`."""
+        u, z = self.in_proj(x).chunk(2, dim=-1)  # (B, L, D) each
+        taps = None if state is None else state.conv.to(u.dtype)
+        before = None if state is None else state.ssm
+        u, taps = causal_conv1d(u, self.conv_weight, self.conv_bias, activation="silu", initial_state=taps, document_start=document_start)
+        dt, b, c = self.x_proj(u).split([self.dt_rank, self.state_size, self.state_size], dim=-1)
+        a = -torch.exp(self.A_log.to(torch.promote_types(self.A_log.dtype, torch.float32)))  # (D, N)
+        y, after = selective_scan(
+            u,
+            self.dt_proj(dt),
+            a,
+            b,
+            c,
+            D=self.D,
+            z=z,
+            dt_bias=self.dt_bias,
+            dt_softplus=True,
+            initial_state=before,
+            document_start=document_start,
+        )
+        if state is not None:
+            state.update(taps, after)
+        return self.out_proj(y)
+
+    def fused_splits(self) -> dict[str, list[int]]:
+        channels = self.out_proj.in_features
+        return {"in_proj.weight": [channels] * 2, "x_proj.weight": [self.dt_rank, self.state_size, self.state_size]}
+
+    def mixing_flops(self) -> float:
+        """FLOPs a token of convolution (2 a tap) and scan (7 a state number: dt*A, exp, (dt u)*B, multiply-add of h, multiply-add of y)."""
+        return 2.0 * self.conv_weight.numel() + 7.0 * self.A_log.numel()
+
+
+class MambaBlock(Block):
+    """Block whose mixer is MambaMixer."""
+
+    mixer: MambaMixer
+
+    def mix(self, x: Tensor, context: Context, state: LayerState | None) -> Tensor:
+        return self.mixer(x, context.document_start, state)
+
+    def new_state(self, batch_size: int, max_length: int, dtype: torch.dtype, device: torch.device) -> RecurrentState:
+        channels, taps = self.mixer.conv_weight.shape
+        return RecurrentState.empty(batch_size, taps - 1, channels, self.mixer.state_size, dtype, device)
+
+    def mixing_flops(self, seq_len: int) -> float:
+        return self.mixer.mixing_flops()
+
+
+class Samba(Decoder):
+    """Samba language model; implements components.contracts.Model.
+
+    Args:
+        num_layers: mixer + MLP blocks, half the paper's sublayers; layer i has the mixer layer_pattern[i % len].
+        window: keys an attention query sees, with itself; None sees all.
+        position: "rope", or "none" for the paper's NoPE ablation.
+        max_length: length in tokens of the training rows (L0 of the RoPE rules).
+        dt_rank: None for ceil(hidden_size / 16).
+        rope: an option of the group `rope`.
+    """
+
+    def __init__(
+        self,
+        *,
+        vocab_size: int,
+        hidden_size: int,
+        num_layers: int,
+        intermediate_size: int,
+        num_heads: int,
+        num_kv_heads: int,
+        head_dim: int,
+        window: int | None,
+        state_size: int,
+        conv_kernel: int,
+        expand: int,
+        dt_rank: int | None,
+        layer_pattern: list[str],
+        position: str,
+        rope_theta: float,
+        max_length: int,
+        norm_eps: float,
+        tie_embeddings: bool,
+        rope: RopeRule,
+    ) -> None:
+        check_positive(vocab_size=vocab_size, hidden_size=hidden_size, num_layers=num_layers, intermediate_size=intermediate_size)
+        check_positive(num_heads=num_heads, head_dim=head_dim, max_length=max_length)
+        check_choice("model.position", position, ("rope", "none"))
+        if not layer_pattern:
+            raise UserError("model.layer_pattern: []; allowed is a list of mamba and attention; try [mamba, attention]")
+        for kind in layer_pattern:
+            check_choice("model.layer_pattern", kind, ("mamba", "attention"))
+        blocks: list[Block] = []
+        for i in range(num_layers):
+            mlp = MLP(hidden_size, intermediate_size)
+            if layer_pattern[i % len(layer_pattern)] == "mamba":
+                blocks.append(MambaBlock(MambaMixer(hidden_size, state_size, conv_kernel, expand, dt_rank), mlp, hidden_size, norm_eps))
+            else:
+                attention = Attention(hidden_size, num_heads, num_kv_heads, head_dim, window)
+                blocks.append(AttentionBlock(attention, mlp, hidden_size, norm_eps))
+        super().__init__(
+            vocab_size=vocab_size,
+            hidden_size=hidden_size,
+            blocks=blocks,
+            norm_eps=norm_eps,
+            tie_embeddings=tie_embeddings,
+            rope=rope,
+            rotary_dim=head_dim if position == "rope" else None,
+            rope_theta=rope_theta,
+            max_length=max_length,
+            window=window,
+        )
+        self._init_weights()
+
+    @torch.no_grad()
+    def _init_weights(self) -> None:
+        """Embedding (and an untied head) N(0, 0.02); projections keep nn.Linear's U(+-1/sqrt fan_in), which is also right for fused parts.
+
+        Projections that write to the residual stream are divided by sqrt(number of sublayers).
+        """
+        nn.init.normal_(self.embed_tokens.weight, std=0.02)
+        if self.lm_head is not None:
+            nn.init.normal_(self.lm_head.weight, std=0.02)
+        scale = (2 * len(self.layers)) ** -0.5
+        for block in self.layers:
+            writer = block.mixer.out_proj if isinstance(block.mixer, MambaMixer) else block.mixer.o_proj
+            writer.weight.mul_(scale)
+            block.mlp.down_proj.weight.mul_(scale)

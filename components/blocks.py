@@ -9,6 +9,7 @@ import difflib
 import logging
 import math
 from dataclasses import dataclass, replace
+from typing import cast
 
 import torch
 import torch.nn.functional as F
@@ -250,7 +251,7 @@ class Decoder(nn.Module):
         context = self._context(batch, step)
         x = self.embed_tokens(ids)  # (B, T, D)
         recompute = self.gradient_checkpointing and self.training and torch.is_grad_enabled() and state is None
-        for i, block in enumerate(self.layers):
+        for i, block in enumerate(self.blocks):
             if recompute:
                 x = checkpoint(block, x, context, use_reentrant=False)
             else:
@@ -273,6 +274,10 @@ class Decoder(nn.Module):
                 self._inv_freq = self._inv_freq.to(ids.device)
             rope = rope_tables(positions, self._inv_freq, self.rope_spec.attention_factor)
         return Context(rope, segments, document_start, step)
+
+    @property
+    def blocks(self) -> list[Block]:
+        return cast("list[Block]", list(self.layers))
 
     def logits(self, hidden: Tensor) -> Tensor:
         """(..., D) -> (..., V)."""
@@ -326,11 +331,11 @@ class Decoder(nn.Module):
     def new_state(self, batch_size: int, max_length: int, dtype: torch.dtype = torch.float32) -> DecodeState:
         """Return an empty state; max_length bounds the tokens of a row where attention has no window. dtype: that of keys and values."""
         device = self.embed_tokens.weight.device
-        return DecodeState.empty([block.new_state(batch_size, max_length, dtype, device) for block in self.layers], batch_size, device)
+        return DecodeState.empty([block.new_state(batch_size, max_length, dtype, device) for block in self.blocks], batch_size, device)
 
     def forward_flops(self, seq_len: int) -> float:
         """FLOPs of one forward, per token, in rows of seq_len tokens: 2 a weight of every matmul (head included) + attention and scans."""
         weights = sum(module.weight.numel() for module in self.modules() if isinstance(module, nn.Linear))
         if self.lm_head is None:
             weights += self.embed_tokens.weight.numel()
-        return 2.0 * weights + sum(block.mixing_flops(seq_len) for block in self.layers)
+        return 2.0 * weights + sum(block.mixing_flops(seq_len) for block in self.blocks)

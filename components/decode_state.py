@@ -100,6 +100,10 @@ class KVCache:
     def save(self) -> dict[str, Any]:
         return {"kind": "kv", "keys": self.keys.clone(), "values": self.values.clone(), "window": self.window, "limit": self.limit}
 
+    @classmethod
+    def load(cls, saved: dict[str, Any]) -> KVCache:
+        return cls(saved["keys"], saved["values"], saved["window"], saved["limit"])
+
     @staticmethod
     def cat(layers: Sequence[KVCache]) -> KVCache:
         if len({layer.window for layer in layers}) > 1:
@@ -148,6 +152,10 @@ class RecurrentState:
 
     def save(self) -> dict[str, Any]:
         return {"kind": "recurrent", "conv": self.conv.clone(), "ssm": self.ssm.clone()}
+
+    @classmethod
+    def load(cls, saved: dict[str, Any]) -> RecurrentState:
+        return cls(saved["conv"], saved["ssm"])
 
     @staticmethod
     def cat(layers: Sequence[RecurrentState]) -> RecurrentState:
@@ -231,8 +239,8 @@ class DecodeState:
         """Rebuild what `save` returned, as copies on `device`."""
         layers: list[LayerState] = []
         for layer in saved["layers"]:
-            values = {k: v.clone().to(device) if isinstance(v, Tensor) else v for k, v in layer.items() if k != "kind"}
-            layers.append(KVCache(**values) if layer["kind"] == "kv" else RecurrentState(**values))
+            kind = KVCache if layer["kind"] == "kv" else RecurrentState
+            layers.append(kind.load(layer).map_rows(lambda t: t.clone().to(device)))
         length = saved["length"].clone().to(device)
         return DecodeState(layers, length, saved["regime"].clone().to(device), int(length.max()) if len(length) else 0)
 

@@ -186,7 +186,10 @@ class Samba(Decoder):
         if self.lm_head is not None:
             nn.init.normal_(self.lm_head.weight, std=0.02)
         scale = (2 * len(self.layers)) ** -0.5
-        for block in self.layers:
-            writer = block.mixer.out_proj if isinstance(block.mixer, MambaMixer) else block.mixer.o_proj
-            writer.weight.mul_(scale)
-            block.mlp.down_proj.weight.mul_(scale)
+        for module in self.modules():
+            if isinstance(module, MambaMixer):
+                module.out_proj.weight.mul_(scale)
+            elif isinstance(module, Attention):
+                module.o_proj.weight.mul_(scale)
+            elif isinstance(module, MLP):
+                module.down_proj.weight.mul_(scale)

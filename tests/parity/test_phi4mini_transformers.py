@@ -6,7 +6,7 @@ import torch.nn.functional as F
 
 from components.contracts import Batch
 from components.models.phi4mini import Phi4Mini
-from components.rope.rules import Linear, NoRescaling, YaRN
+from components.rope.rules import NTK, Linear, NoRescaling, YaRN
 
 transformers = pytest.importorskip("transformers", reason="the parity oracle; comes with the dev extra")
 
@@ -107,14 +107,18 @@ def test_window_counts_the_query_itself():
 
 
 @pytest.mark.parametrize(
-    ("rule", "parameters"),
-    [
-        (Linear(4.0), {"rope_type": "linear", "factor": 4.0}),
-        (YaRN(4.0, 32.0, 1.0, True), {"rope_type": "yarn", "factor": 4.0, "original_max_position_embeddings": 64}),
-    ],
-    ids=["linear", "yarn"],
+    "rule", [Linear(4.0), NTK(3.0, "base"), NTK(3.0, "critical"), YaRN(4.0, 32.0, 1.0, True)], ids=["linear", "ntk", "ntk-critical", "yarn"]
 )
-def test_rope_rules_inside_the_model(rule, parameters):
+def test_rope_rules_inside_the_model(rule):
+    """Phi3 knows only longrope beside the default; any static rule is one with its factors in both lists and its attention factor."""
+    spec = rule.spec(12, 10000.0, 64)
+    parameters = {
+        "rope_type": "longrope",
+        "short_factor": list(spec.factors),
+        "long_factor": list(spec.factors),
+        "original_max_position_embeddings": 64,
+        "attention_factor": spec.attention_factor,
+    }
     check(*pair(CONFIGS["gqa-4-2"], rope=rule, rope_parameters=parameters), ids())
 
 

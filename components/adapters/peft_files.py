@@ -41,7 +41,8 @@ def write_peft(
     folder.mkdir(parents=True, exist_ok=True)
     config = {
         "peft_type": "LORA",
-        "task_type": "CAUSAL_LM",
+        # PEFT's causal wrapper asks its base model for this method; any other nn.Module needs the plain wrapper.
+        "task_type": "CAUSAL_LM" if hasattr(model, "prepare_inputs_for_generation") else None,
         "base_model_name_or_path": None,
         "inference_mode": True,
         "r": r,

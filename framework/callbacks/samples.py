@@ -1,0 +1,74 @@
+"""Text that the model writes while it learns."""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Callable
+from contextlib import AbstractContextManager
+
+import lightning.pytorch as pl
+
+from components.contracts import Data, Model, SamplingParams, Tokenizer
+from framework.callbacks.exact_state import rng_state, set_rng_state
+from framework.callbacks.step import StepCallback
+from framework.callbacks.throughput import Throughput
+
+TEMPERATURE, TOP_P = 0.8, 0.95
+PROMPT_TOKENS = 16  # taken from the held-out text where no prompt is given
+WeightsContext = Callable[[pl.LightningModule], AbstractContextManager[None]]
+
+
+class Samples(StepCallback):
+    """Calls `write` every `every_steps` steps and shows its text. Training goes on as if nothing had happened: generators are put back."""
+
+    def __init__(
+        self,
+        every_steps: int,
+        write: Callable[[], str],
+        show: Callable[[str], None],
+        clock: Throughput,
+        weights: WeightsContext | None = None,
+    ) -> None:
+        """
+        Args:
+            every_steps: optimizer steps; 0: never.
+            write: produces a sample.
+            show: prints it.
+            clock: paused meanwhile.
+            weights: context in which the model has the weights to sample from (the average, where there is one).
+        """
+        self.every_steps = every_steps
+        self.write = write
+        self.show = show
+        self.clock = clock
+        self.weights = weights or (lambda module: contextlib.nullcontext())
+
+    def on_step_end(self, trainer: pl.Trainer, module: pl.LightningModule, step: int) -> None:
+        if self.every_steps and step % self.every_steps == 0 and step < trainer.max_steps and trainer.is_global_zero:
+            self.show(f"sample at step {step}: {self.sample(module)}")
+
+    def sample(self, module: pl.LightningModule) -> str:
+        """One sample from the current weights."""
+        state, training = rng_state(), module.training
+        try:
+            with self.clock.paused(), self.weights(module):
+                module.eval()
+                return self.write()
+        finally:
+            module.train(training)
+            set_rng_state(state)
+
+
+def sample_writer(model: Model, tokenizer: Tokenizer, data: Data, prompt: str | None, max_new_tokens: int, seed: int) -> Callable[[], str]:
+    """A function that continues `prompt` (None: the beginning of the held-out text) with the model as it then is."""
+
+    def write() -> str:
+        from framework.engines.native import NativeEngine
+
+        ids = [tokenizer.eot_id, *tokenizer.encode(prompt)] if prompt is not None else next(iter(data.val_batches())).input_ids[0].tolist()
+        ids = ids if prompt is not None else ids[:PROMPT_TOKENS]
+        params = SamplingParams(max_new_tokens=max_new_tokens, temperature=TEMPERATURE, top_p=TOP_P, seed=seed)
+        (completion,) = NativeEngine(model, tokenizer).generate([ids], params)
+        return f"{tokenizer.decode(ids[1:])}[...]{completion.text}"
+
+    return write

@@ -1,0 +1,84 @@
+"""Data of the contract as Lightning sees it: one endless epoch of micro-batches whose state is exact."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Iterable, Iterator, Mapping
+
+import lightning.pytorch as pl
+
+from components.contracts import Batch, BatchStream, Data, UserError
+
+
+class EndlessLoader:
+    """Epoch after epoch of a stream, in whole accumulation windows only.
+
+    Lightning never sees the end of an epoch: its own bookkeeping there is not exact on resume. The last micro-batches of an epoch that
+    do not fill a window are left out; they differ from epoch to epoch.
+    """
+
+    def __init__(self, stream: BatchStream, accumulate: int = 1) -> None:
+        """
+        Args:
+            stream: micro-batches.
+            accumulate: micro-batches in an optimizer step.
+
+        Raises:
+            UserError: an epoch is shorter than one optimizer step.
+        """
+        self.stream = stream
+        self.usable = len(stream) // accumulate * accumulate
+        if not self.usable:
+            raise UserError(
+                f"trainer.accumulate_grad_batches: {accumulate} is more than the {len(stream)} batch(es) that an epoch has; "
+                "lower it or data.batch_size, or use more data"
+            )
+
+    def __len__(self) -> int:
+        """Never reached; without a length Lightning fetches one batch ahead, and the saved position would be wrong."""
+        return sys.maxsize
+
+    def __iter__(self) -> Iterator[Batch]:
+        while True:
+            state = self.stream.state_dict()
+            if state["position"] >= self.usable:
+                self.stream.load_state_dict({**state, "epoch": state["epoch"] + 1, "position": 0})
+            epoch = self.stream.state_dict()["epoch"]
+            for batch in self.stream:
+                yield batch
+                now = self.stream.state_dict()
+                if now["epoch"] != epoch or now["position"] >= self.usable:
+                    break
+
+    def state_dict(self) -> dict[str, int]:
+        """{epoch, position} of the batches that training has taken."""
+        return self.stream.state_dict()
+
+    def load_state_dict(self, state: Mapping[str, int]) -> None:
+        """Go on from a saved state."""
+        self.stream.load_state_dict(state)
+
+
+class StreamDataModule(pl.LightningDataModule):
+    """Train and validation loaders over a `Data` option."""
+
+    def __init__(self, data: Data, seed: int) -> None:
+        """
+        Args:
+            data: prepared data.
+            seed: of the batch order.
+        """
+        super().__init__()
+        self.data = data
+        self.seed = seed
+
+    def train_dataloader(self) -> EndlessLoader:
+        """Micro-batches of this rank, without end."""
+        trainer = self.trainer
+        assert trainer is not None
+        accumulate = trainer.accumulate_grad_batches
+        return EndlessLoader(self.data.train_stream(self.seed, accumulate, trainer.global_rank, trainer.world_size), accumulate)
+
+    def val_dataloader(self) -> Iterable[Batch]:
+        """Every held-out token once as a label."""
+        return self.data.val_batches()

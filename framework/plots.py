@@ -1,0 +1,67 @@
+"""The loss curve of a run as a picture."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from pathlib import Path
+
+INK, TRAIN, VAL, BASELINE = "#333333", "#9bb8d3", "#c8502d", "#777777"
+SMOOTHING = 0.95  # weight of the past in the drawn training curve
+
+
+def smoothed(values: list[float]) -> list[float]:
+    """Exponential moving average without start-up bias."""
+    result, total, weight = [], 0.0, 0.0
+    for value in values:
+        total = SMOOTHING * total + (1 - SMOOTHING) * value
+        weight = SMOOTHING * weight + (1 - SMOOTHING)
+        result.append(total / weight)
+    return result
+
+
+def loss_curve(rows: list[dict[str, float]], baselines: Mapping[str, float], path: Path, title: str) -> None:
+    """Draw training and validation loss over tokens; in bits per byte where known, with baselines as horizontal lines.
+
+    Args:
+        rows: of metrics.csv.
+        baselines: name -> bits per byte.
+        path: PNG to write.
+        title: one line above the plot.
+    """
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+    from matplotlib.figure import Figure
+
+    val = [row for row in rows if "val/loss" in row]
+    train = [row for row in rows if "train/loss" in row and math.isfinite(row["train/loss"])]
+    in_bits = bool(val) and all("val/bits_per_byte" in row for row in val)
+    unit = val[-1]["val/bits_per_byte"] / val[-1]["val/loss"] if in_bits and val[-1]["val/loss"] > 0 else 1.0
+    figure = Figure(figsize=(8, 4.8), dpi=130, layout="constrained")
+    FigureCanvasAgg(figure)
+    axes = figure.add_subplot()
+    if train:
+        tokens, losses = [row["tokens"] for row in train], [row["train/loss"] * unit for row in train]
+        axes.plot(tokens, losses, color=TRAIN, linewidth=0.6, alpha=0.6)
+        axes.plot(tokens, smoothed(losses), color="#3b6ea5", linewidth=1.6, label="training")
+    if val:
+        heights = [row["val/loss"] * unit for row in val]
+        axes.plot([row["tokens"] for row in val], heights, color=VAL, marker="o", markersize=4, linewidth=1.6, label="held out")
+        axes.annotate(f"{heights[-1]:.3f}", (val[-1]["tokens"], heights[-1]), (6, -2), textcoords="offset points", color=VAL, fontsize=9)
+    for name, height in baselines.items() if in_bits else ():
+        axes.axhline(height, color=BASELINE, linewidth=0.9, linestyle=(0, (4, 3)))
+        axes.annotate(f"{name} {height:.2f}", (0.995, height), (0, 2), xycoords=("axes fraction", "data"), textcoords="offset points",
+                      ha="right", fontsize=8, color=BASELINE)  # fmt: skip
+    top = max([*(h for h in baselines.values() if in_bits), *(row["val/loss"] * unit for row in val), 0.0])
+    if top > 0:
+        axes.set_ylim(bottom=0, top=1.3 * top)
+    axes.set_xlabel("tokens")
+    axes.set_ylabel("bits per byte" if in_bits else "nats per token")
+    axes.set_title(title, fontsize=10, color=INK, loc="left")
+    axes.xaxis.set_major_formatter(lambda value, _: f"{value / 1e6:g}M" if value >= 1e6 else f"{value / 1e3:g}k" if value else "0")
+    axes.spines[["top", "right"]].set_visible(False)
+    axes.grid(axis="y", linewidth=0.4, alpha=0.5)
+    if train or val:
+        axes.legend(frameon=False, fontsize=9)
+    temporary = path.with_suffix(".tmp.png")
+    figure.savefig(temporary)
+    temporary.replace(path)

@@ -1,0 +1,298 @@
+"""A training run from a validated configuration: build, say what it will cost, fit, and say what came out."""
+
+from __future__ import annotations
+
+import datetime
+import logging
+import shlex
+import sys
+import warnings
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import lightning.pytorch as pl
+import torch
+from omegaconf import DictConfig, OmegaConf
+from rich.console import Console
+from rich.table import Table
+
+from components.contracts import Data, Tokenizer, UserError
+from components.data.tokenizers import Tokenizer as SavedTokenizer
+from components.optim.groups import describe
+from framework import build, runtime
+from framework.callbacks.checkpoints import Checkpoints, StopOnSignal
+from framework.callbacks.ema import Ema
+from framework.callbacks.exact_state import ExactState
+from framework.callbacks.metrics import MetricsRow
+from framework.callbacks.nan_guard import NanGuard
+from framework.callbacks.progress import ProgressLine
+from framework.callbacks.samples import Samples, sample_writer
+from framework.callbacks.step import LastStep
+from framework.callbacks.throughput import Throughput
+from framework.checkpoint import (
+    AtomicCheckpointIO,
+    checkpoint_step,
+    load_weights,
+    mismatch,
+    model_weights,
+    newest_checkpoint,
+    newest_intact,
+    read_checkpoint,
+)  # fmt: skip
+from framework.datamodule import StreamDataModule
+from framework.estimate import count_parameters, estimate
+from framework.logging import LocalLogger, RunLogger, masked, read_rows, say, write_summary, write_whole
+from framework.plots import loss_curve
+from framework.runs import read_state, write_state
+
+NOISE = ("lightning.pytorch", "lightning.fabric", "lightning")  # loggers that repeat what we say ourselves
+
+
+@dataclass
+class Parts:
+    """What a configuration was built into."""
+
+    data: Data
+    tokenizer: Tokenizer
+    model: Any  # nn.Module and Model of the contract
+    resume_file: Path | None  # checkpoint to go on from
+    start_step: int
+
+
+def train(config: DictConfig, run_dir: Path, resuming: bool = False) -> dict[str, float]:
+    """Train or continue a run.
+
+    Args:
+        config: composed and validated.
+        run_dir: folder of the run; made when it is not there.
+        resuming: go on from the newest readable checkpoint in run_dir (from the start where there is none).
+
+    Returns:
+        The metrics of metrics.json.
+
+    Raises:
+        UserError: anything that the user can mend, among it a loss that is no longer finite.
+        Interrupted: SIGTERM or SIGINT; the state is saved.
+    """
+    for name in NOISE:
+        logging.getLogger(name).setLevel(logging.ERROR)
+    runtime.prepare_process(config.seed)
+    parts = build_parts(config, run_dir, resuming)
+    config = save_setup(config, run_dir, parts)
+    session = Session(config, run_dir, parts)
+    session.announce()
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", module=r"lightning\..*")  # advice on loaders and logging that does not apply here
+        return session.run()
+
+
+def build_parts(config: DictConfig, run_dir: Path, resuming: bool) -> Parts:
+    """Data, model and adapter; weights of `ckpt=` loaded, the checkpoint to resume found and compared."""
+    data = build.build_data(config)
+    given = run_dir / "tokenizer" if resuming else ckpt_folder(config) / "tokenizer" if config.ckpt else None
+    data.prepare(Path(config.paths.cache_dir), SavedTokenizer.load(given) if given is not None and given.is_dir() else None)
+    model: Any = build.build_model(config, data.tokenizer.vocab_size)
+    if config.ckpt and not resuming:
+        path = Path(config.ckpt)
+        load_weights(model, path if path.is_file() else newest_checkpoint(path))
+    build.build(config.adapter).apply(model)
+    model.gradient_checkpointing = bool(config.gradient_checkpointing)
+    file = newest_intact(run_dir) if resuming else None
+    if file is not None and (difference := mismatch(model, model_weights(read_checkpoint(file)))):
+        raise UserError(f"resume: {str(file)!r} is of another architecture: {difference}")
+    return Parts(data, data.tokenizer, model, file, checkpoint_step(file) if file is not None else 0)
+
+
+def ckpt_folder(config: DictConfig) -> Path:
+    """Run directory of `ckpt=`."""
+    path = Path(config.ckpt)
+    return path if path.is_dir() else path.parent.parent
+
+
+def save_setup(config: DictConfig, run_dir: Path, parts: Parts) -> DictConfig:
+    """Write config.yaml (resolved, without secrets) and the tokenizer; return the configuration with the size of the head filled in."""
+    run_dir.mkdir(parents=True, exist_ok=True)
+    config = OmegaConf.create(OmegaConf.to_container(config, resolve=True))
+    config.model.vocab_size = parts.model.vocab_size
+    facts = {"versions": runtime.versions(), "git": runtime.git_state()}
+    trailer = "".join(f"# {line}\n" for line in OmegaConf.to_yaml(facts).splitlines())
+    write_whole(run_dir / "config.yaml", OmegaConf.to_yaml(masked(OmegaConf.to_container(config))) + trailer)
+    parts.tokenizer.save(run_dir / "tokenizer")
+    return config
+
+
+def hydra_facts(run_dir: Path) -> dict[str, Any]:
+    """Choices of the run's groups and the name of its sweep, from what Hydra stored when the run began (a resumed command has others)."""
+    file = run_dir / ".hydra" / "hydra.yaml"
+    if not file.is_file():
+        return {"choices": {}, "sweep": None}
+    stored = OmegaConf.load(file).hydra
+    choices = {k: v for k, v in stored.runtime.choices.items() if v not in (None, "null") and not k.startswith("hydra/")}
+    return {"choices": choices, "sweep": Path(str(stored.sweep.dir)).name if str(stored.mode).endswith("MULTIRUN") else None}
+
+
+class Session:
+    """One process' part of a run: from the built parts to the last line."""
+
+    def __init__(self, config: DictConfig, run_dir: Path, parts: Parts) -> None:
+        self.config, self.run_dir, self.parts = config, run_dir, parts
+        self.signals = runtime.StopSignals()
+        self.service: RunLogger | None = build.build(config.logger)
+        self.loggers: list[RunLogger] = [LocalLogger(run_dir, keep_up_to=parts.start_step if parts.resume_file else -1)]
+        self.loggers += [self.service] if self.service is not None else []
+        self.datamodule = StreamDataModule(parts.data, config.seed)
+        self.write_sample = sample_writer(
+            parts.model, parts.tokenizer, parts.data, config.samples.prompt, config.samples.max_new_tokens, config.seed
+        )
+        self.trainer = self.make_trainer()
+        self.device = self.trainer.strategy.root_device
+        self.peak, self.peak_source = runtime.peak_flops(self.device, self.trainer.precision)
+        self.clock.peak_flops = self.peak
+        self.task = self.make_task()
+
+    def make_trainer(self) -> pl.Trainer:
+        """The configured Trainer with our callbacks. Their order matters: see StepCallback."""
+        config = self.config
+        self.clock = Throughput(3.0 * self.parts.model.forward_flops(self.parts.data.seq_len), None)
+        self.rows = MetricsRow(self.clock)
+        self.ema = Ema(config.ema.decay) if config.ema.enabled else None
+        saver = Checkpoints(self.run_dir, **config.checkpoint, clock=self.clock, rows=self.rows)
+        weights = self.ema.applied if self.ema else None
+        self.samples = Samples(config.samples.every_steps, self.write_sample, say, self.clock, weights)
+        exact, guard, progress = ExactState(), NanGuard(self.run_dir), ProgressLine(self.rows, config.progress.every_seconds)
+        stop = StopOnSignal(self.signals, saver, lambda step, path: f"Go on with: python train.py resume={self.run_dir}")
+        averaging = [self.ema] if self.ema else []
+        make = build.build({**OmegaConf.to_container(config.trainer), "_partial_": True})  # type: ignore[dict-item]
+        return make(
+            callbacks=[LastStep(), *averaging, self.clock, guard, self.rows, self.samples, exact, saver, progress, stop],
+            logger=self.loggers,
+            plugins=[AtomicCheckpointIO()],
+            default_root_dir=str(self.run_dir),
+            val_check_interval=config.validate.every_steps * config.trainer.accumulate_grad_batches,
+            check_val_every_n_epoch=None,
+            num_sanity_val_steps=0,
+            enable_checkpointing=False,
+            enable_progress_bar=False,
+            enable_model_summary=False,
+        )
+
+    def make_task(self) -> pl.LightningModule:
+        """The configured task round the model."""
+        config = self.config
+        make_schedule = build.build(config.schedule)
+        make = build.build({**OmegaConf.to_container(config.task), "_partial_": True})  # type: ignore[dict-item]
+        task = make(
+            model=self.parts.model,
+            make_optimizer=lambda model: build.build_optimizer(config, model),
+            make_schedule=lambda optimizer, steps: make_schedule(optimizer, total_steps=steps),
+            val_bytes=self.parts.data.val_bytes,
+        )
+        task.own_settings = bool(config.resume_force)
+        return task
+
+    def announce(self) -> None:
+        """Say what this run is, what it will cost, and how its parameters are grouped."""
+        parts, trainer = self.parts, self.trainer
+        trainable, total = count_parameters(parts.model)
+        facts, rows = parts.data.summary(), parts.data.batch_size
+        micro_batches = max(0, trainer.max_steps - parts.start_step) * trainer.accumulate_grad_batches
+        cost = estimate(
+            parts.model, self.device, vocab_size=parts.tokenizer.vocab_size, rows=rows, seq_len=parts.data.seq_len,
+            precision=trainer.precision, micro_batches=micro_batches, flops_per_token=self.clock.flops_per_token, peak_flops=self.peak,
+        )  # fmt: skip
+        tokens = micro_batches * rows * parts.data.seq_len * trainer.world_size
+        time = f"{cost.seconds:.0f} s" if cost.seconds is not None else "an unknown time"
+        speed = f", peak {self.peak / 1e9:,.0f} GFLOP/s ({self.peak_source})" if self.peak else f" ({self.peak_source})"
+        say(
+            f"{total:,} parameters ({trainable:,} trainable); {facts.get('train_tokens', 0):,} training tokens in the data, "
+            f"{tokens:,} in this run ({trainer.precision}); about {cost.memory_bytes / 2**30:.1f} GiB and {time} ({cost.source}); "
+            f"{self.clock.flops_per_token / 1e6:,.1f} MFLOP a token{speed}"
+        )
+        table = Table(box=None, pad_edge=False)
+        groups = describe(build.build_optimizer(self.config, parts.model))
+        for key in groups[0] if groups else ():
+            table.add_column(key, justify="left" if isinstance(groups[0][key], str) else "right")
+        for group in groups:
+            table.add_row(*(f"{value:,}" if isinstance(value, int) else str(value) for value in group.values()))
+        Console(width=160).print(table)
+        if parts.resume_file is not None:
+            say(f"going on from {parts.resume_file}")
+
+    def run(self) -> dict[str, float]:
+        """Fit; whatever happens, leave a true status and nothing open behind."""
+        status, code, metrics = "failed", 1, {}
+        self.open()
+        try:
+            with self.signals.guarded():
+                self.fit()
+            metrics = self.finish()
+            status, code = "done", 0
+        except runtime.Interrupted as stop:
+            status, code = "interrupted", 128 + stop.signal
+            raise
+        finally:
+            write_state(self.run_dir, status=status, **({"step": self.trainer.global_step} if code == 0 else {}))
+            lines = [line for logger in self.loggers for line in logger.close(code, metrics)]
+            if self.config.compile.enabled:
+                torch._dynamo.reset()
+            for line in lines:
+                say(line)
+        say(f"next: python generate.py ckpt={self.run_dir} prompt='...'")
+        say(f"or:   python train.py resume={self.run_dir} trainer.max_steps=N   (more steps)")
+        return metrics
+
+    def open(self) -> None:
+        """Make the run known: run_state.json, then the service, with the whole configuration."""
+        config, state = self.config, read_state(self.run_dir)
+        now = datetime.datetime.now(datetime.UTC).isoformat()
+        write_state(
+            self.run_dir, name=config.name, seed=config.seed, status="running", created=state.get("created", now),
+            step=self.parts.start_step, tokens=state.get("tokens", 0), versions=runtime.versions(), git=runtime.git_state(),
+        )  # fmt: skip
+        if self.service is None:
+            return
+        hydra, (trainable, total) = hydra_facts(self.run_dir), count_parameters(self.parts.model)
+        extra = {
+            "params": {"trainable": trainable, "total": total}, "git": runtime.git_state(), "versions": runtime.versions(),
+            "command": shlex.join(sys.argv), "choices": hydra["choices"], "sweep": hydra["sweep"],
+        }  # fmt: skip
+        tags = [*config.tags, *(f"{group}={option}"[:64] for group, option in hydra["choices"].items())]
+        whole = {**masked(OmegaConf.to_container(config)), **extra}
+        try:
+            self.service.start(self.run_dir, {"name": self.run_dir.name, "tags": tags, "config": whole, "group": hydra["sweep"]})
+        except BaseException:
+            write_state(self.run_dir, status="failed")
+            raise
+
+    def fit(self) -> None:
+        """Train, from the checkpoint where there is one."""
+        config, file = self.config, self.parts.resume_file
+        if config.compile.enabled:
+            self.parts.model.compile(mode=config.compile.mode, fullgraph=config.compile.fullgraph)
+        if config.validate.at_start and file is None and self.trainer.limit_val_batches:
+            self.trainer.validate(self.task, datamodule=self.datamodule, verbose=False)
+        path = str(file) if file is not None else None
+        self.trainer.fit(self.task, datamodule=self.datamodule, ckpt_path=path, weights_only=True)
+
+    def finish(self) -> dict[str, float]:
+        """Write metrics.json and loss.png; say what came out."""
+        baselines = self.parts.data.baselines()
+        trainable, total = count_parameters(self.parts.model)
+        metrics = {
+            **self.rows.last, **{f"baseline/{name}_bits_per_byte": value for name, value in baselines.items()}, **self.clock.totals(),
+            "seed": self.config.seed, "step": self.trainer.global_step, "params/trainable": trainable, "params/total": total,
+        }  # fmt: skip
+        write_summary(self.run_dir, metrics)
+        loss_curve(read_rows(self.run_dir), baselines, self.run_dir / "loss.png", f"{self.config.name}: {self.run_dir.name}")
+        others = ", ".join(f"{name} {value:.3f}" for name, value in baselines.items())
+        bits, loss = metrics.get("val/bits_per_byte"), metrics.get("val/loss")
+        result = (
+            f"held-out bits per byte {bits:.4f}" if bits is not None else "no validation" if loss is None else f"held-out loss {loss:.4f}"
+        )
+        speed = f"{metrics.get('perf/tokens_per_second', 0.0):,.0f} tokens/s"
+        used = f", {metrics['perf/mfu']:.1%} of {self.peak_source}" if "perf/mfu" in metrics else ""
+        say(result + (f" (simple models of the same bytes: {others})" if others else ""))
+        say(f"sample: {self.samples.sample(self.task)}")
+        say(f"{metrics['tokens']:,.0f} tokens in {metrics['seconds']:.0f} s ({speed}{used}); results in {self.run_dir}")
+        return metrics

@@ -45,10 +45,14 @@ class CorpusData:
 
     @property
     def tokenizer(self) -> Tokenizer:
-        """The tokenizer of the data; there after `prepare`."""
+        """The tokenizer of the data; there after `prepare`, or when set for rendering alone."""
         if self._tokenizer is None:
             raise RuntimeError("prepare() must run before the data can be used")
         return self._tokenizer
+
+    @tokenizer.setter
+    def tokenizer(self, tokenizer: Tokenizer) -> None:
+        self._tokenizer = tokenizer
 
     def prepare(self, cache_dir: Path, tokenizer: Tokenizer | None = None) -> None:
         """Make what the cache lacks: tokenizer, token files, baselines. A given tokenizer replaces the configured one.

@@ -59,9 +59,10 @@ def _entry(key: str, node: Any) -> Entry:
     for name in node:
         if name not in known:
             raise UserError(f"{key}.{name}: unknown key; allowed are {', '.join(known)}{did_you_mean(name, known)}")
-    paths = [node.get("path")] if isinstance(node.get("path"), str) else node.get("path")
-    if not isinstance(paths, Sequence) or not paths or not all(isinstance(p, str) and p for p in paths):
-        raise UserError(f"{key}.path: {node.get('path')!r}; give a file, folder, glob or hub:NAME, or a list of them")
+    path = node.get("path")
+    paths: Sequence[Any] = [path] if isinstance(path, str) else path if isinstance(path, Sequence) else []
+    if not paths or not all(isinstance(p, str) and p for p in paths):
+        raise UserError(f"{key}.path: {path!r}; give a file, folder, glob or hub:NAME, or a list of them")
     weight = node.get("weight")
     if weight is not None and (isinstance(weight, bool) or not isinstance(weight, int | float) or not weight > 0):
         raise UserError(f"{key}.weight: {weight!r}; must be a number above 0")
@@ -84,10 +85,10 @@ class FileSet:
         for path in self._entry.paths:
             found += [(path, open_hub(self._key, path))] if path.startswith(HUB) else expand(self._key, path)
         seen: dict[str, int] = {}
-        unique = []
-        for name, path in found:
+        unique: list[tuple[str, Path | Any]] = []
+        for name, file in found:
             seen[name] = seen.get(name, 0) + 1
-            unique.append((name if seen[name] == 1 else f"{name}~{seen[name]}", path))
+            unique.append((name if seen[name] == 1 else f"{name}~{seen[name]}", file))
         return unique
 
     def fingerprint(self) -> str:
@@ -123,11 +124,12 @@ class FileCorpus:
     """Documents rendered from files, with a held-out part: `val_entry`'s documents, else whole ones by hash, else the tail of each.
 
     Tails are held out when there are too few documents for a share of `val_fraction` (fewer than 1 / val_fraction) and `tails` allows it.
+    `variant` names what `render` does besides reading, for the fingerprint.
     """
 
     def __init__(
         self, key: str, entry: Entry, render: Render, val_fraction: float, errors: Errors, column: str | None = None, *,
-        val_entry: Entry | None = None, tails: bool = True,
+        val_entry: Entry | None = None, tails: bool = True, variant: str = "",
     ) -> None:  # fmt: skip
         self.name = ", ".join(entry.paths)
         self.weight = entry.weight
@@ -135,13 +137,14 @@ class FileCorpus:
         self._render = render
         self._fraction = val_fraction
         self._tails = tails
+        self._variant = variant
         self._files = FileSet(key, entry, errors, column)
         self._val_files = None if val_entry is None else FileSet("data.val_path", val_entry, errors, column)
 
     def fingerprint(self) -> str:
         """16 hex digits that change with the files' contents or with the split."""
         val = self._val_files.fingerprint() if self._val_files else self._fraction
-        return digest(self._files.fingerprint(), val, self._tails)
+        return digest(self._files.fingerprint(), val, self._tails, self._variant)
 
     def train(self) -> Iterator[Document]:
         """Yield the documents to train on."""
@@ -186,21 +189,28 @@ class FileCorpus:
         return held_out_keys(keys, self._fraction)
 
 
+def held_out_entries(spec: PathSpec | None, corpora: int) -> list[Entry | None]:
+    """Read `data.val_path` (same forms as `data.path`; weights mean nothing there): all of it for the first corpus, nothing for the others.
+
+    None for every corpus when nothing is given: each then holds out a part of its own.
+    """
+    if spec is None:
+        return [None] * corpora
+    paths = tuple(path for entry in parse_entries("data.val_path", spec) for path in entry.paths)
+    rest: list[Entry | None] = [Entry(())] * (corpora - 1)
+    return [Entry(paths), *rest]
+
+
 def text_corpora(spec: PathSpec | None, val_spec: PathSpec | None, column: str, val_fraction: float, errors: Errors) -> list[FileCorpus]:
     """Make one corpus an entry of `data.path`; held-out text of `data.val_path`, if given, belongs to the first."""
     entries = parse_entries("data.path", spec)
-    val_entry = None
-    if val_spec is not None:
-        val_entries = parse_entries("data.val_path", val_spec)
-        val_entry = Entry(tuple(p for e in val_entries for p in e.paths))
     corpora = []
-    for i, entry in enumerate(entries):
+    for entry, held_out in zip(entries, held_out_entries(val_spec, len(entries)), strict=True):
         own = entry.column or column
 
         def render(file: str, place: str, record: Record, own: str = own) -> tuple[Piece, ...] | None:
             text = text_of(file, place, record, own, errors)
             return (Piece(text),) if text else None
 
-        given = val_entry if i == 0 else Entry(()) if val_entry else None
-        corpora.append(FileCorpus("data.path", entry, render, val_fraction, errors, own, val_entry=given))
+        corpora.append(FileCorpus("data.path", entry, render, val_fraction, errors, own, val_entry=held_out))
     return corpora

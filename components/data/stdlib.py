@@ -40,7 +40,7 @@ class StdlibCorpus:
     """The standard library as documents, one a file; whole files are held out by a hash of their relative path."""
 
     name = f"Python {platform.python_version()} standard library"
-    weight = None
+    weight: float | None = None
 
     def __init__(self, root: Path, val_fraction: float) -> None:
         self._root, self._fraction = root, val_fraction

@@ -124,7 +124,7 @@ class Tokenizer:
         for i, char in enumerate(text):
             if "\udc80" <= char <= "\udcff":
                 ids += self.encode(text[start:i]) if i > start else []
-                ids.append(self._backend.token_to_id(_byte_alphabet()[ord(char) - 0xDC00]))
+                ids.append(self._id_of_byte[ord(char) - 0xDC00])
                 start = i + 1
         return ids + (self.encode(text[start:]) if start < len(text) else [])
 
@@ -151,6 +151,11 @@ class Tokenizer:
     def stream(self) -> StreamDecoder:
         """Return a decoder for ids that arrive one at a time."""
         return StreamDecoder(self)
+
+    @cached_property
+    def _id_of_byte(self) -> dict[int, int]:
+        vocabulary = self._backend.get_vocab(with_added_tokens=False)
+        return {byte: vocabulary[char] for byte, char in _byte_alphabet().items()}
 
     @cached_property
     def _byte_pieces(self) -> dict[int, bytes] | None:

@@ -1,0 +1,152 @@
+"""`data=synthetic`: probes made in the process, each a question with one right answer that only the context can give."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from functools import cached_property
+from typing import Any
+
+import numpy as np
+
+from components.contracts import UserError
+from components.data.base import CorpusData
+from components.data.documents import Corpus, Document, Piece, digest
+from components.data.errors import at_least, choice
+
+Probe = tuple[str, str]  # (prompt, answer)
+Maker = Callable[[np.random.Generator, int], Probe]  # (generator, characters at most) -> probe
+GRASS = "The grass is green. The sky is blue. The sun is yellow. Here we go. There and back again. "
+NAMES = ("amber", "birch", "cedar", "delta", "ember", "fjord", "grove", "heron", "islet", "jade", "kelp", "lotus", "maple", "nova")
+WORDS = ("a", "river", "the", "stone", "slow", "bright", "under", "moves", "old", "wind", "holds", "quiet", "path", "and", "over", "field")
+LETTERS = np.array(list("abcdefghijklmnopqrstuvwxyz"))
+MOST_TRIES = 100  # draws per wanted probe before the space of probes counts as exhausted
+
+
+def passkey(rng: np.random.Generator, length: int) -> Probe:
+    """Hide a five-digit number in filler (Mohtashami and Jaggi 2023, sec. 4.2), at any depth."""
+    key = str(rng.integers(10000, 100000))
+    fact, question, answer = (
+        f"The pass key is {key}. Remember it. {key} is the pass key. ",
+        "What is the pass key? The pass key is",
+        f" {key}.",
+    )
+    filler = length - len(fact) - len(question) - len(answer)
+    depth = int(rng.integers(filler + 1))
+    text = (GRASS * (filler // len(GRASS) + 1))[:filler]
+    return text[:depth] + fact + text[depth:] + question, answer
+
+
+def needle(rng: np.random.Generator, length: int) -> Probe:
+    """Hide numbers of several names among random words and ask for one (multi-key needle in a haystack)."""
+    asked, *others = (NAMES[i] for i in rng.permutation(len(NAMES))[:3])
+    number = {name: str(rng.integers(1000, 10000)) for name in (asked, *others)}
+    facts = [f"The number of {name} is {number[name]}. " for name in (asked, *others)]
+    question, answer = f"The number of {asked} is", f" {number[asked]}."
+    room = length - len(question) - len(answer)
+    drawn = [f"{WORDS[i]} " for i in rng.integers(len(WORDS), size=room // 2)]  # at least enough: a word takes two characters or more
+    fits = np.searchsorted(np.cumsum([len(word) for word in drawn]), room - sum(map(len, facts)), side="right")
+    parts = drawn[: int(fits)]
+    for fact in facts:
+        parts.insert(int(rng.integers(len(parts) + 1)), fact)
+    return "".join(parts) + question, answer
+
+
+def copy(rng: np.random.Generator, length: int) -> Probe:
+    """Repeat a random word of 1 to (length - 2) / 2 letters."""
+    word = "".join(rng.choice(LETTERS, size=int(rng.integers(1, (length - 2) // 2 + 1))))
+    return f"{word}|", f"{word}."
+
+
+def arithmetic(rng: np.random.Generator, length: int) -> Probe:
+    """Add, subtract or multiply two whole numbers below 1000."""
+    a, b = int(rng.integers(1000)), int(rng.integers(1000))
+    sign, value = (("+", a + b), ("-", a - b), ("*", a * b))[int(rng.integers(3))]
+    return f"{a}{sign}{b}=", f"{value}."
+
+
+KINDS: dict[str, tuple[Maker, int]] = {
+    "needle": (needle, 128),
+    "passkey": (passkey, 128),
+    "copy": (copy, 8),
+    "arithmetic": (arithmetic, 16),
+}
+
+
+class SyntheticCorpus:
+    """Probes of one kind; the held-out ones are drawn first and never appear in training."""
+
+    weight: float | None = None
+
+    def __init__(self, kind: str, length: int, seed: int, train_documents: int, val_documents: int, loss_on: str) -> None:
+        self.name = f"synthetic {kind}, {length} characters"
+        self._make, self._length = KINDS[kind][0], length
+        self._seed, self._wanted = seed, (val_documents, train_documents)
+        self._loss_on = loss_on
+
+    @cached_property
+    def probes(self) -> tuple[list[Probe], list[Probe]]:
+        """(held out, train), each without repetition across the two. Raises UserError when there are not so many different ones."""
+        rng = np.random.Generator(np.random.PCG64(self._seed))
+        held_out: dict[Probe, None] = {}
+        train: list[Probe] = []
+        for _ in range(MOST_TRIES * sum(self._wanted)):
+            probe = self._make(rng, self._length)
+            if len(held_out) < self._wanted[0]:
+                held_out[probe] = None
+            elif probe not in held_out:
+                train.append(probe)
+            if len(train) == self._wanted[1]:
+                return list(held_out), train
+        raise UserError(f"data.val_documents: {self._wanted[0]}; there are not so many different probes of this kind and length; lower it")
+
+    def fingerprint(self) -> str:
+        return digest(self.name, self._seed, *self._wanted, self._loss_on, np.__version__)  # numpy may change its streams between versions
+
+    def train(self) -> Iterator[Document]:
+        return self._documents("train", self.probes[1])
+
+    def held_out(self) -> Iterator[Document]:
+        return self._documents("val", self.probes[0])
+
+    def _documents(self, split: str, probes: list[Probe]) -> Iterator[Document]:
+        for i, (prompt, answer) in enumerate(probes):
+            yield Document(f"{split}#{i}", (Piece(prompt, loss=self._loss_on == "all"), Piece(answer)))
+
+
+class SyntheticData(CorpusData):
+    """Probes of `kind` (needle, passkey, copy, arithmetic), whole ones in a row; see CorpusData for the other arguments.
+
+    length: characters of a probe at most, null for what a row holds with one token a byte; seed: of the probes, not of the run;
+    loss_on: completion (the answer alone) or all. Raises UserError for an unknown kind, and a length outside kind's least and seq_len - 1.
+    """
+
+    whole_documents = True
+
+    def __init__(
+        self, kind: str, length: int | None, train_documents: int, val_documents: int, seed: int, loss_on: str,
+        tokenizer: Mapping[str, Any], seq_len: int, batch_size: int, num_workers: int,
+    ) -> None:  # fmt: skip
+        super().__init__(tokenizer, seq_len, batch_size, num_workers)
+        smallest = KINDS[choice("data.kind", kind, KINDS)][1]
+        size = self.seq_len - 1 if length is None else at_least("data.length", length, 1)
+        if not smallest <= size < self.seq_len:
+            raise UserError(
+                f"data.length: {size}; {kind} needs from {smallest} characters to one less than data.seq_len={seq_len} (a token each, one "
+                "begins the document)"
+            )
+        self._corpus = SyntheticCorpus(
+            kind,
+            size,
+            at_least("data.seed", seed, 0),
+            at_least("data.train_documents", train_documents, 1),
+            at_least("data.val_documents", val_documents, 1),
+            choice("data.loss_on", loss_on, ("completion", "all")),
+        )
+        self.source = self._corpus.name
+
+    def _corpora(self) -> Sequence[Corpus]:
+        return [self._corpus]
+
+    def examples(self) -> list[Probe]:
+        """Return the held-out (prompt, answer) pairs, to ask a model by generation."""
+        return list(self._corpus.probes[0])

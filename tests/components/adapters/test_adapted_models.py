@@ -1,0 +1,127 @@
+"""Adapters and optimizers on the real models, from the shipped configuration, at size test."""
+
+import copy
+
+import pytest
+import torch
+
+from components.adapters.base import adapter_layers, disabled, merge, parameter_roles, unmerge
+from components.contracts import Batch
+from components.optim.groups import FusedParameter, describe, named_parameters
+from framework.build import build, build_model, compose
+
+MODELS = ["samba", "phi4mini"]
+VOCAB = 2048
+
+
+def parts(model: str, *overrides: str):
+    """Configuration, model at size test with the adapter applied, and the adapter's report."""
+    config = compose("train", [f"model={model}", "model/size=test", f"model.vocab_size={VOCAB}", *overrides])
+    torch.manual_seed(0)
+    network = build_model(config, VOCAB).eval()
+    return config, network, build(config.adapter).apply(network)
+
+
+def batch(length: int = 40) -> Batch:
+    ids = torch.randint(VOCAB, (2, length + 1), generator=torch.Generator().manual_seed(0))
+    segments = (torch.arange(length) >= 17).int().expand(2, -1)
+    return Batch(ids[:, :-1], ids[:, 1:], segment_ids=segments)
+
+
+def logits(model) -> torch.Tensor:
+    return model.logits(model(batch()).hidden)
+
+
+def awaken(model) -> None:
+    for _, layer in adapter_layers(model):
+        torch.nn.init.normal_(layer.lora_B.weight, std=0.2)
+
+
+@pytest.mark.parametrize("model", MODELS)
+def test_default_targets_wrap_every_projection_and_start_as_identity(model):
+    _, plain, _ = parts(model)
+    _, adapted, report = parts(model, "adapter=lora")
+    assert torch.equal(logits(adapted), logits(plain))
+    roles = {"qkv", "o", "gate_up", "down", "in_proj", "out_proj"}
+    assert set(report["modules"]) == {name.removesuffix(".weight") for name, role in plain.roles().items() if role in roles}
+    assert report["trainable"] == sum(p.numel() for name, p in adapted.named_parameters() if ".lora_" in name)
+    assert set(parameter_roles(adapted)) == {name for name, _ in adapted.named_parameters()}
+
+
+@pytest.mark.parametrize("model", MODELS)
+def test_every_linear_layer_is_called_as_a_module(model):
+    """A nonzero adapter on any one of them changes the output; so nothing reads a weight past its wrapper."""
+    _, adapted, report = parts(model, "adapter=lora", "adapter.targets=all-linear")
+    before = logits(adapted)
+    assert len(report["modules"]) == sum(isinstance(m, torch.nn.Linear) for m in parts(model)[1].modules())
+    for name, layer in adapter_layers(adapted):
+        torch.nn.init.normal_(layer.lora_B.weight)
+        assert (logits(adapted) - before).abs().max() > 1e-5 * before.abs().max(), name
+        torch.nn.init.zeros_(layer.lora_B.weight)
+    assert torch.equal(logits(adapted), before)
+
+
+@pytest.mark.parametrize("model", MODELS)
+def test_merge_unmerge_disable_and_folder(model, tmp_path):
+    config, adapted, _ = parts(model, "adapter=lora")
+    base = logits(adapted)
+    awaken(adapted)
+    weights = copy.deepcopy(adapted.state_dict())
+    expected = logits(adapted)
+    with disabled(adapted):
+        assert torch.equal(logits(adapted), base)
+    merge(adapted)
+    assert (logits(adapted) - expected).abs().max() < 1e-5 * expected.abs().max()
+    unmerge(adapted)
+    assert all(torch.equal(value, weights[name]) for name, value in adapted.state_dict().items())
+    adapter, (_, fresh, _) = build(config.adapter), parts(model, "adapter=lora")
+    adapter.save(adapted, tmp_path)
+    adapter.load(fresh, tmp_path)
+    assert torch.equal(logits(fresh), expected)
+
+
+@pytest.mark.parametrize("model", MODELS)
+def test_checkpointed_and_plain_gradients_agree_and_reach_the_adapter_alone(model):
+    gradients = []
+    for checkpointing in (False, True):
+        _, adapted, _ = parts(model, "adapter=lora", "adapter.dropout=0")
+        torch.manual_seed(1)
+        awaken(adapted)
+        adapted.train().gradient_checkpointing = checkpointing
+        logits(adapted).square().mean().backward()
+        gradients.append({name: p.grad for name, p in adapted.named_parameters() if p.grad is not None})
+    assert gradients[0].keys() == gradients[1].keys() == {n for n, _ in adapted.named_parameters() if ".lora_" in n}
+    for name, gradient in gradients[0].items():
+        torch.testing.assert_close(gradients[1][name], gradient, rtol=1e-5, atol=1e-5 * gradient.abs().max().item())
+
+
+@pytest.mark.parametrize("model", MODELS)
+def test_muon_takes_the_hidden_matrices_block_by_block(model):
+    config, network, _ = parts(model, "optimizer=muon")
+    optimizer = build(config.optimizer)(named_parameters(network))
+    kind = {name: group["kind"] for group in optimizer.param_groups for name in group["parameter_names"]}
+    assert kind.keys() == dict(network.named_parameters()).keys()
+    for name, role in network.roles().items():
+        assert kind[name] == ("muon" if role in config.optimizer.matrix_roles else "adamw"), name
+    fused = {p.name: p.splits for p in named_parameters(network) if isinstance(p, FusedParameter)}
+    roles = network.roles()
+    assert {roles[name] for name in fused} >= {"qkv", "gate_up"}
+    assert all(sum(splits) == network.get_parameter(name).shape[0] for name, splits in fused.items())
+    assert sum(row["parameters"] for row in describe(optimizer)) == sum(p.numel() for p in network.parameters())
+
+
+@pytest.mark.parametrize("adapter", ["none", "lora"])
+@pytest.mark.parametrize("optimizer", ["adamw", "muon"])
+@pytest.mark.parametrize("model", MODELS)
+def test_a_few_steps_fit_a_batch(model, optimizer, adapter):
+    config, network, _ = parts(model, f"optimizer={optimizer}", f"adapter={adapter}")
+    network.train()
+    steps = build(config.optimizer)(named_parameters(network))
+    losses = []
+    for _ in range(8):
+        loss = torch.nn.functional.cross_entropy(logits(network).flatten(0, 1), batch().labels.flatten())
+        steps.zero_grad()
+        loss.backward()
+        steps.step()
+        losses.append(loss.item())
+    assert losses[-1] < losses[0] - (0.05 if adapter == "none" else 0.001), losses

@@ -1,7 +1,7 @@
 """Selective scan in plain torch for any device: chunked, checkpointed, replayed in the backward.
 
-Working layout is time-major with the channels innermost, (Q, B, N, D): every broadcast then runs over D contiguous elements, a time step is one
-contiguous block, and no tensor of B*L*D*N elements ever exists.
+Working layout is time-major with the channels innermost, (Q, B, N, D): every broadcast then runs over D contiguous elements, a time step
+is one contiguous block, and no tensor of B*L*D*N elements ever exists.
 """
 
 from __future__ import annotations
@@ -153,10 +153,11 @@ class _Scan(torch.autograd.Function):
 def _scan_backward(p: _Problem, saved: Tensor, dy: Tensor, dfinal: Tensor, want_y: bool) -> dict[str, Tensor]:
     """Reverse pass of h_t = a_t h_{t-1} + x_t, y_t = C_t h_t over replayed chunks, last to first.
 
-    saved: (chunks, B, N, D) states before each chunk; dy: (L, B, D); dfinal: (B, D, N). Returns gradients time-major: x (of dt*u, summed with B),
-    dt (through the decay only), A (N, D), B, C (L, B, N), h0 (B, N, D), and y (L, B, D) again when `want_y`.
+    saved: (chunks, B, N, D) states before each chunk; dy: (L, B, D); dfinal: (B, D, N).
+    Returns gradients, time-major: x (L, B, D) of dt*u; dt (L, B, D) through the decay only; A (N, D); B, C (L, B, N); h0 (B, N, D);
+    and y (L, B, D) again when `want_y`.
     """
-    length, batch, states, dim = p.shape
+    _, batch, states, dim = p.shape
     a, h, g = p.buffer(p.steps), p.buffer(p.steps + 1), p.buffer(p.steps)
     carry = p.buffer(1)[0].copy_(dfinal.transpose(1, 2))  # a_{t+1} G_{t+1}
     out = {name: torch.empty_like(p.dtu) for name in (("x", "dt", "y") if want_y else ("x", "dt"))}

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from itertools import pairwise
+
 import pytest
 import torch
 from torch.utils.checkpoint import checkpoint
@@ -132,7 +134,7 @@ def test_document_start_equals_separate_documents():
         for row, places in enumerate(starts):
             bounds = sorted({0, *places, 50})
             state, pieces = whole["initial_state"][row : row + 1], []
-            for first, end in zip(bounds, bounds[1:]):
+            for first, end in pairwise(bounds):
                 part = {k: v[row : row + 1, first:end] if k in ("u", "dt", "B", "C", "z") else v for k, v in whole.items()}
                 part["initial_state"] = torch.zeros_like(state) if mask[row, first] else state
                 y, state = reference.selective_scan(**part, dt_softplus=True)

@@ -1,0 +1,144 @@
+"""Windowed attention: eager against brute force, grouped heads, packed documents, long rows, caches, a third-party model's mask."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from kernels.sliding_window import attention, cached_attention, eager, reference
+from tests.kernels.support import assert_close, compare, gradients
+
+
+def make(batch=2, heads=4, groups=2, length=13, head_dim=6, dtype=torch.float64):
+    q = torch.randn(batch, heads, length, head_dim, dtype=dtype)
+    k, v = (torch.randn(batch, groups, length, head_dim, dtype=dtype) for _ in range(2))
+    return {"q": q, "k": k, "v": v}, [torch.randn_like(q)]
+
+
+def segments(batch, length):
+    """Rows cut at different places; the first row has documents of one token."""
+    starts = torch.zeros(batch, length, dtype=torch.int32)
+    starts[0, [length // 3, length // 3 + 1]] = 1
+    starts[-1, length // 2] = 1
+    return starts.cumsum(dim=1, dtype=torch.int32)
+
+
+# window None, 1, below, at and above the length; 2 * window < length takes the loop over blocks, with an odd last block
+@pytest.mark.parametrize("window", [None, 1, 2, 4, 6, 7, 12, 13, 50])
+@pytest.mark.parametrize("packed", [False, True])
+@pytest.mark.parametrize("groups", [1, 2, 4])
+def test_float64_matches_brute_force(window, packed, groups):
+    inputs, cotangents = make(groups=groups)
+    ids = segments(2, 13) if packed else None
+    expected = gradients(lambda **kw: (reference.attention(**kw, window=window, segment_ids=ids),), inputs, cotangents)
+    compare(gradients(lambda **kw: (attention(**kw, window=window, segment_ids=ids),), inputs, cotangents), expected, 1e-12)
+
+
+@pytest.mark.parametrize("length", [2, 70, 129])
+def test_float32_lengths(length):
+    inputs, cotangents = make(length=length, head_dim=16, dtype=torch.float32)
+    doubled = {k: v.double() for k, v in inputs.items()}
+    expected = gradients(lambda **kw: (reference.attention(**kw, window=16),), doubled, cotangents)
+    compare(gradients(lambda **kw: (attention(**kw, window=16),), inputs, cotangents), expected, 1e-5)  # measured: below 4e-7
+
+
+def test_one_position_returns_its_value():
+    inputs, cotangents = make(length=1)
+    result = gradients(lambda **kw: (attention(**kw, window=3),), inputs, cotangents)
+    assert_close(result["out0"], inputs["v"].repeat_interleave(2, dim=1), 1e-12, "o")
+    assert_close(result["d_v"], cotangents[0].unflatten(1, (2, 2)).sum(dim=2), 1e-12, "d_v")
+    assert result["d_q"].abs().max() < 1e-12 and result["d_k"].abs().max() < 1e-12
+
+
+def test_packed_documents_equal_separate_rows():
+    inputs, _ = make(batch=1, length=20)
+    ids = torch.tensor([[0] * 7 + [1] + [2] * 12])
+    packed = attention(**inputs, window=3, segment_ids=ids)
+    pieces = [attention(*(inputs[n][:, :, a:b] for n in ("q", "k", "v")), window=3) for a, b in ((0, 7), (7, 8), (8, 20))]
+    assert_close(packed, torch.cat(pieces, dim=2), 1e-12, "o")
+
+
+def test_the_window_holds_that_many_keys_with_the_query_itself():
+    inputs, _ = make(length=9)
+    before = attention(**inputs, window=3)
+    inputs["v"] = inputs["v"].clone()
+    inputs["v"][:, :, 2] += 1.0
+    changed = (attention(**inputs, window=3) - before).abs().amax(dim=(0, 1, 3)) > 0
+    assert changed.tolist() == [False, False, True, True, True, False, False, False, False]
+
+
+def test_scale():
+    inputs, _ = make()
+    assert_close(attention(**inputs, window=4, scale=0.1), reference.attention(**inputs, window=4, scale=0.1), 1e-12, "o")
+    assert (attention(**inputs, scale=0.1) - attention(**inputs)).abs().max() > 1e-3
+
+
+def test_bfloat16_and_strided_heads():
+    q, k, v = (torch.randn(2, 40, h, 16).bfloat16().transpose(1, 2) for h in (4, 2, 2))
+    out = attention(q, k, v, window=8)
+    assert out.dtype == torch.bfloat16
+    assert_close(out, reference.attention(q.double(), k.double(), v.double(), window=8), 5e-3, "o")  # bf16 weights and result
+
+
+def test_equals_the_mask_of_transformers():
+    masks = pytest.importorskip("transformers.masking_utils", reason="transformers is not installed")
+    overlay = masks.sliding_window_causal_mask_function(4)
+    zero, positions = torch.tensor(0), torch.arange(13)
+    visible = torch.tensor([[bool(overlay(zero, zero, i, j)) for j in positions] for i in positions])
+    assert torch.equal(eager._visible(0, 13, 0, 4, None, torch.device("cpu")), visible)
+
+
+@pytest.mark.parametrize("window", [None, 1, 3, 4])
+def test_cached_steps_equal_the_whole_row(window):
+    inputs, _ = make(length=13)
+    whole = attention(**inputs, window=window)
+    slots = 13 if window is None else window
+    order = torch.randperm(slots)  # slots in any order
+    for t in range(13):
+        keys = torch.full((2, slots), -1)
+        k, v = (torch.full((2, 2, slots, 6), 1e3, dtype=torch.float64) for _ in range(2))  # what an empty slot holds must not matter
+        for position in range(max(0, t - slots + 1), t + 1):
+            slot = order[position % slots]
+            keys[:, slot] = position
+            k[:, :, slot], v[:, :, slot] = inputs["k"][:, :, position], inputs["v"][:, :, position]
+        out = cached_attention(inputs["q"][:, :, t : t + 1], k, v, keys, torch.full((2, 1), t), window)
+        assert_close(out, whole[:, :, t : t + 1], 1e-12, f"position {t}")
+
+
+def test_cached_rows_at_different_positions():
+    inputs, _ = make(length=8)
+    keys = torch.stack([torch.arange(8), torch.tensor([5, 6, 7, 8, 1, 2, 3, 4])])
+    queries = torch.tensor([[2, 3, 7], [6, 8, 8]])
+    args = (inputs["q"][:, :, :3], inputs["k"], inputs["v"], keys, queries)
+    for window in (None, 2):
+        assert_close(cached_attention(*args, window), reference.cached_attention(*args, window), 1e-12, "o")
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_a_query_that_sees_nothing_gives_zeros(dtype):
+    inputs, _ = make(length=4, dtype=dtype)
+    out = cached_attention(**inputs, key_positions=torch.full((2, 4), -1), query_positions=torch.arange(4).repeat(2, 1))
+    assert out.abs().max() == 0
+
+
+@pytest.mark.parametrize("window", [None, 2])
+def test_gradcheck(window):
+    inputs, _ = make(batch=1, heads=2, groups=1, length=5, head_dim=2)
+    function = lambda q, k, v: eager.attention(q, k, v, window, torch.tensor([[0, 0, 0, 1, 1]]))  # noqa: E731
+    assert torch.autograd.gradcheck(function, [x.requires_grad_() for x in inputs.values()])
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"k": torch.zeros(2, 3, 13, 6), "v": torch.zeros(2, 3, 13, 6)}, "k's heads do not divide q's"),
+        ({"k": torch.zeros(2, 2, 12, 6).double(), "v": torch.zeros(2, 2, 12, 6).double()}, "use cached_attention"),
+        ({"v": torch.zeros(2, 2, 13, 5)}, "v has shape"),
+        ({"q": torch.zeros(2, 4, 13, 6, dtype=torch.float32)}, "expected one dtype"),
+        ({"window": 0}, "window is 0; expected at least 1, or None"),
+        ({"segment_ids": torch.zeros(2, 12)}, "segment_ids has shape"),
+    ],
+)
+def test_bad_arguments(change, message):
+    with pytest.raises(ValueError, match=message):
+        attention(**{**make()[0], **change})

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from components.adapters.base import AdapterLayer, TaskIds, adapter_layers, adapter_state, inject, load_adapter_state
-from components.adapters.peft_files import read_peft, write_peft
+from components.adapters.base.peft_files import read_peft, write_peft
 from components.contracts import UserError
 
 
@@ -53,7 +53,7 @@ class LoRA:
     """Adapter option: low-rank updates of the chosen linear layers, everything else frozen.
 
     r: rank, >= 1. alpha: the scale is alpha / r, or alpha / sqrt(r) with use_rslora (arXiv 2312.03732). dropout: on the adapter's input, in
-    [0, 1). targets, exclude: which modules, see `components.adapters.targets.select_modules`.
+    [0, 1). targets, exclude: which modules, see `components.adapters.base.targets.select_modules`.
     Raises UserError for values out of range.
     """
 

@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from components.adapters.targets import select_modules
+from components.adapters.base.targets import select_modules
 from components.contracts import Role, UserError
 
 
@@ -76,7 +76,7 @@ def inject(
 ) -> dict[str, Any]:
     """Wrap each chosen module in place and freeze every other parameter of the model.
 
-    targets, exclude: see `components.adapters.targets.select_modules`. wrap: builds the layer from a module and the shared TaskIds.
+    targets, exclude: see `components.adapters.base.targets.select_modules`. wrap: builds the layer from a module and the shared TaskIds.
     Returns {'trainable', 'total', 'percent', 'modules': {name: adapter parameters}}.
     Raises UserError as `select_modules` does, and when a chosen module has an adapter already or shares its weight with another module;
     the model is then unchanged.

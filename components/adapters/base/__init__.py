@@ -1,0 +1,35 @@
+"""The common ground of all adapters; options import it, never one another."""
+
+from components.adapters.base.wrapping import (
+    AdapterLayer,
+    TaskIds,
+    adapter_layers,
+    adapter_state,
+    base_roles,
+    count_parameters,
+    disabled,
+    inject,
+    load_adapter_state,
+    merge,
+    parameter_roles,
+    set_enabled,
+    task_ids,
+    unmerge,
+)
+
+__all__ = [
+    "AdapterLayer",
+    "TaskIds",
+    "adapter_layers",
+    "adapter_state",
+    "base_roles",
+    "count_parameters",
+    "disabled",
+    "inject",
+    "load_adapter_state",
+    "merge",
+    "parameter_roles",
+    "set_enabled",
+    "task_ids",
+    "unmerge",
+]

@@ -213,7 +213,7 @@ class Decoder(nn.Module):
     def __init__(
         self,
         *,
-        vocab_size: int,
+        vocab_size: int | None,
         hidden_size: int,
         blocks: list[Block],
         norm_eps: float,
@@ -225,6 +225,8 @@ class Decoder(nn.Module):
         window: int | None,
     ) -> None:
         super().__init__()
+        if vocab_size is None:  # null in an option file: filled in from the tokenizer before the model is built
+            raise UserError("model.vocab_size: null; allowed is a number of rows of at least the tokenizer's vocabulary")
         self.vocab_size = vocab_size
         self.max_length = max_length
         self.window = window
@@ -244,21 +246,28 @@ class Decoder(nn.Module):
 
         Raises ValueError when a state is given together with segment_ids: a decoded row is one document.
         """
-        ids = batch.input_ids
-        if state is not None and batch.segment_ids is not None:
+        if state is None:
+            return ModelOutput(self._layers(batch, None, None))
+        if batch.segment_ids is not None:
             raise ValueError("batch.segment_ids: a row with a decode state holds one document; pass segment_ids=None")
-        step = state.begin(*ids.shape) if state is not None else None
+        step = state.begin(*batch.input_ids.shape)
+        layers = self._layers
+        if torch.compiler.is_compiling():  # lengths differ from call to call: each step would be compiled anew
+            layers = torch.compiler.disable(layers)
+        hidden = layers(batch, step, state.layers)
+        state.finish(batch.input_ids.shape[1])
+        return ModelOutput(hidden)
+
+    def _layers(self, batch: Batch, step: Step | None, states: list[LayerState] | None) -> Tensor:
         context = self._context(batch, step)
-        x = self.embed_tokens(ids)  # (B, T, D)
-        recompute = self.gradient_checkpointing and self.training and torch.is_grad_enabled() and state is None
+        x = self.embed_tokens(batch.input_ids)  # (B, T, D)
+        recompute = self.gradient_checkpointing and self.training and torch.is_grad_enabled() and states is None
         for i, block in enumerate(self.blocks):
             if recompute:
                 x = checkpoint(block, x, context, use_reentrant=False)
             else:
-                x = block(x, context, state.layers[i] if state is not None else None)
-        if state is not None:
-            state.finish(ids.shape[1])
-        return ModelOutput(self.norm(x))
+                x = block(x, context, None if states is None else states[i])
+        return self.norm(x)
 
     def _context(self, batch: Batch, step: Step | None) -> Context:
         ids, segments = batch.input_ids, batch.segment_ids

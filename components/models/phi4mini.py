@@ -27,7 +27,7 @@ class Phi4Mini(Decoder):
     def __init__(
         self,
         *,
-        vocab_size: int,
+        vocab_size: int | None,
         hidden_size: int,
         num_layers: int,
         intermediate_size: int,

@@ -127,7 +127,7 @@ class Samba(Decoder):
     def __init__(
         self,
         *,
-        vocab_size: int,
+        vocab_size: int | None,
         hidden_size: int,
         num_layers: int,
         intermediate_size: int,

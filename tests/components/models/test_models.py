@@ -310,6 +310,7 @@ def test_phi4mini_initialisation(make_model):
     [
         ("samba", {"num_kv_heads": 3}, r"model\.num_kv_heads: 3; allowed are the divisors of model\.num_heads=4; try [24]"),
         ("samba", {"window": 0}, r"model\.window: 0"),
+        ("samba", {"vocab_size": None}, r"model\.vocab_size: null"),
         ("samba", {"position": "nope"}, r"model\.position: 'nope'; allowed are rope, none; did you mean rope"),
         ("samba", {"layer_pattern": ["mamba", "atention"]}, r"model\.layer_pattern: 'atention'.*did you mean attention"),
         ("samba", {"layer_pattern": []}, r"model\.layer_pattern"),
@@ -326,3 +327,17 @@ def test_mistakes_are_named(make_model, name, changes, message):
     with pytest.raises(UserError, match=message) as error:
         make_model(name, **changes)
     assert "\n" not in str(error.value)
+
+
+@pytest.mark.slow
+def test_compiled_model_equals_itself(make_model, model_name, random_ids, close):
+    """Traced by dynamo without a code generator: training forward with packing, and steps, which stay uncompiled."""
+    model = make_model(model_name)
+    ids, segments = random_ids(2, 40), (torch.arange(40) > 20).int().expand(2, -1)
+    expected = model(Batch(ids, segment_ids=segments)).hidden
+    model.compile(backend="eager")
+    close(model(Batch(ids, segment_ids=segments)).hidden, expected)
+    state = model.new_state(2, 40)
+    with torch.no_grad():
+        stepped = torch.cat([model(Batch(piece), state).hidden for piece in ids[:, :21].split([15, *[1] * 6], dim=1)], dim=1)
+    close(stepped, expected[:, :21])

@@ -72,6 +72,7 @@ class NativeEngine:
         self._blocked = torch.arange(model.vocab_size, device=self.device) >= tokenizer.vocab_size  # (V,)
         self._blocked[blocked] = True
         self._warned = False
+        self._generated = 0
 
     def generate(self, prompts: list[list[int]], params: SamplingParams) -> list[Completion]:
         """Complete every prompt (token ids that start with the document start). Returns completions in the order of the prompts.
@@ -122,6 +123,10 @@ class NativeEngine:
         if group:
             self._score_group(group, sequences, scores)
         return scores
+
+    def diagnostics(self) -> dict[str, float]:
+        """Tokens generated so far."""
+        return {"tokens": float(self._generated)}
 
     def _decode(self, prompts: list[list[int]], params: SamplingParams) -> Iterator[list[Row]]:
         """Yield, after every round, the rows that got a token in it; a row with a finish_reason does not come again."""
@@ -201,6 +206,7 @@ class NativeEngine:
         for row, token, logprob in zip(rows, ids.tolist(), logprobs.tolist(), strict=True):
             if not math.isfinite(logprob):
                 raise UserError(f"ckpt: not finite logits after {len(row.ids)} tokens; its training diverged, take an earlier checkpoint")
+            self._generated += 1
             row.ids.append(token)
             row.logprobs.append(logprob)
             if token in self.stop_ids:

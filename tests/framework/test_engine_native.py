@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from components.contracts import Batch, ModelOutput, SamplingParams, UserError
 from components.data.tokenizers import bytes_tokenizer
 from components.decoding.sampling import sample_token, uniforms
+from framework.build import build_model, compose
 from framework.engines.native import NativeEngine
 from framework.overrides import CONF
 
@@ -45,7 +46,7 @@ class MeanState:
 
 
 class MeanModel(nn.Module):
-    """Smallest model with a memory: hidden_t = tanh(W [e_t, mean of e over the segment so far]); from `switch_at` tokens on, e is scaled."""
+    """Smallest model with a memory: hidden_t = tanh(W [e_t, mean of e so far in the segment]); e is scaled from `switch_at` tokens on."""
 
     def __init__(self, vocab_size: int = 320, size: int = 24, switch_at: int | None = None) -> None:
         super().__init__()
@@ -122,6 +123,27 @@ def test_generation_equals_the_uncached_definition(model, params, options):
     native = engine(model, **options)
     for index, completion in enumerate(native.generate(PROMPTS, params)):
         assert completion.token_ids == uncached(model, PROMPTS[index], params, index, native.stop_ids, native._blocked)
+
+
+@pytest.mark.parametrize("params", [GREEDY, SAMPLE], ids=["greedy", "sample"])
+@pytest.mark.parametrize("name", ["samba", "phi4mini"])
+def test_real_models_equal_the_uncached_definition(name, params):
+    """Rows come and go at different lengths, below and above the window, in a batch of 3; scores agree as well."""
+    torch.manual_seed(0)
+    config = compose("train", [f"model={name}", "model/size=test", "data.seq_len=64"])
+    real = build_model(config, TOKENIZER.vocab_size).eval()
+    with torch.no_grad():
+        for parameter in real.parameters():  # logits far enough apart that rounding cannot change a choice
+            parameter.mul_(1.0 if parameter.dim() == 1 else 2.0)
+    prompts = [*PROMPTS, [EOT, *b"a prompt that is a good deal longer than the window of the smallest model"]]
+    native = engine(real, max_batch=3, prefill_chunk=10)
+    for index, completion in enumerate(native.generate(prompts, params)):
+        ids, begin = prompts[index] + completion.token_ids, len(prompts[index])
+        draws = uniforms(params.seed, [index] * len(completion.token_ids), list(range(len(completion.token_ids))))
+        chosen, logprobs = sample_token(full_logits(real, ids)[begin - 1 : -1], params, draws, native._blocked)
+        assert completion.token_ids == chosen.tolist()
+        assert torch.allclose(torch.tensor(completion.logprobs), logprobs, rtol=1e-4, atol=1e-4)  # fp32 logits of size 10 to 100
+        assert torch.allclose(native.score([ids])[0][begin - 1 :], logprobs, rtol=1e-4, atol=1e-4)
 
 
 def test_a_row_does_not_depend_on_what_comes_after_it_or_on_the_batch_size(model):

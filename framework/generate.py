@@ -1,0 +1,329 @@
+"""What generate.py does once the configuration is composed: load a run, build an engine round it, let the task answer."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import sys
+import time
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, TextIO, cast
+
+import torch
+from omegaconf import DictConfig, OmegaConf
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+
+from components.adapters.base import merge
+from components.contracts import IGNORE, Completion, Diagnostics, Engine, SamplingParams, UserError
+from components.decoding.sampling import check_params
+from framework.build import ConfigErrors, Run, build, build_data, load_run
+from framework.run import resolve_checkpoint
+from framework.runtime import prepare_process
+from framework.signatures import describe, fits
+
+KEYS: dict[str, Any] = {"max_new_tokens": int, "device": str, "adapter": dict[str, bool]}
+DEFAULT_PROMPT_TOKENS = 16
+
+
+@dataclass
+class Context:
+    """What a task of generate.py works with. params: how to decode; out_dir: where files go."""
+
+    run: Run
+    engine: Engine
+    params: SamplingParams
+    out_dir: Path
+    cache_dir: Path
+
+
+@dataclass
+class Request:
+    """One prompt of a file. id: the file's own, or its place among the prompts from 0. given: a text or messages. where: file and line."""
+
+    id: str | int
+    given: str | list[dict[str, str]]
+    where: str
+
+
+def generate(config: DictConfig, out_dir: Path) -> dict[str, float]:
+    """Run one generation; returns and writes (metrics.json) tokens, seconds, perf/tokens_per_second and the like.
+
+    Raises:
+        UserError: no run, an unreadable or unsuitable one, bad prompts, an output that cannot be written.
+    """
+    check_keys(config)
+    prepare_process(config.seed)
+    params = build(config.decode).params(config.max_new_tokens, config.seed)
+    check_params(params)
+    path = resolve_checkpoint(config.ckpt, Path(config.paths.root))
+    task = build(config.task)
+    run = load_run(path, {"rope": config.rope})
+    if config.adapter.merge and not merge(cast(torch.nn.Module, run.model))["modules"]:
+        raise UserError(f"adapter.merge: true, but {run.path} was trained without an adapter; drop the override")
+    cast(torch.nn.Module, run.model).to(device(config.device))
+    engine = build(config.engine, run.model, run.tokenizer)
+    metrics = task.run(Context(run, engine, params, out_dir, Path(config.paths.cache_dir)))
+    out_dir.mkdir(parents=True, exist_ok=True)
+    (out_dir / "metrics.json").write_text(json.dumps({**metrics, "seed": config.seed}, indent=2) + "\n")
+    return metrics
+
+
+def check_keys(config: DictConfig) -> None:
+    """Check the keys that belong to no class; all problems at once."""
+    values = cast(dict[str, Any], OmegaConf.to_container(config, resolve=True))
+    lines = [f"{key}: {values[key]!r} is not {describe(hint)}" for key, hint in KEYS.items() if not fits(values[key], hint)]
+    if not lines and (set(values["adapter"]) != {"merge"} or not isinstance(values["adapter"]["merge"], bool)):
+        lines.append(f"adapter: {values['adapter']!r}; its only key is merge, true or false")
+    if lines:
+        raise ConfigErrors(lines)
+
+
+def device(name: str) -> torch.device:
+    """The device that the key `device` names."""
+    if name == "auto":
+        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    try:
+        chosen = torch.device(name)
+    except RuntimeError as error:
+        raise UserError(f"device: {name!r}; auto, cpu, cuda or cuda:NUMBER is allowed") from error
+    if chosen.type == "cuda" and (chosen.index or 0) >= torch.cuda.device_count():
+        raise UserError(f"device: {name!r}, but {torch.cuda.device_count()} CUDA devices were found; use device=cpu")
+    return chosen
+
+
+class Answer:
+    """Option task=answer: complete one prompt on the terminal while it is written, or every line of a JSONL file into another.
+
+    Args:
+        prompt: text to go on with; None with no `prompts`: the beginning of a held-out document of the run's own data.
+        prompts: a JSONL file; see `read_requests`.
+        output: JSONL file to write, never one that has content already; None: generations.jsonl in the output folder.
+        n: answers to every prompt.
+
+    A run that was trained on conversations gets every prompt as the user's turn.
+    """
+
+    def __init__(self, prompt: str | int | float | bool | None, prompts: str | None, output: str | None, n: int) -> None:
+        if n < 1:
+            raise UserError(f"n: {n}; at least 1 is allowed")
+        if prompt is not None and prompts is not None:
+            raise UserError(f"prompt: {prompt!r} and prompts={prompts!r} exclude each other; drop one")
+        if output is not None and prompts is None:
+            raise UserError(f"output: {output!r} needs prompts=FILE.jsonl; a single prompt is answered on the terminal")
+        self.prompt = None if prompt is None else str(prompt)
+        self.requests = None if prompts is None else read_requests(Path(prompts))
+        self.output, self.n = output, n
+
+    def run(self, context: Context) -> dict[str, float]:
+        """Answer and return the measures."""
+        if self.requests is None:
+            return self._on_terminal(context)
+        return self._into_file(self.requests, context)
+
+    def _on_terminal(self, context: Context) -> dict[str, float]:
+        """Text goes to stdout, everything said about it to stderr."""
+        notes = Console(stderr=True, highlight=False, soft_wrap=True)
+        render = Renderer(context.run)
+        if self.prompt is None:
+            ids, source = default_prompt(context)
+            shown = context.run.tokenizer.decode(ids)
+            notes.print(f"no prompt given (prompt='...' takes yours); going on with {source}", style="dim", markup=False)
+        else:
+            ids = render(self.prompt)
+            shown = "" if render.chat else self.prompt
+        before, started = tokens_of(context.engine), time.perf_counter()
+        for sample in range(self.n):
+            if self.n > 1:
+                notes.print(f"--- {sample + 1} of {self.n}", style="dim")
+            Console(highlight=False, soft_wrap=True).print(shown, style="bold", end="", markup=False)
+            for piece in context.engine.stream(ids, dataclasses.replace(context.params, seed=context.params.seed + sample)):
+                sys.stdout.write(piece)
+                sys.stdout.flush()
+            sys.stdout.write("\n")
+        metrics = measures(tokens_of(context.engine) - before, time.perf_counter() - started, self.n)
+        notes.print(summary(metrics, context.run), style="dim", markup=False)
+        return metrics
+
+    def _into_file(self, requests: list[Request], context: Context) -> dict[str, float]:
+        """Answers in the order of the requests, each written as soon as those before it are."""
+        render = Renderer(context.run)
+        prompts = [render(request.given, where=request.where) for request in requests for _ in range(self.n)]
+        path = Path(self.output) if self.output is not None else context.out_dir / "generations.jsonl"
+        tokens, started = 0, time.perf_counter()
+        notes = Console(stderr=True, highlight=False, soft_wrap=True)
+        with new_file(path) as file, progress_bar(notes) as bar:
+            job = bar.add_task("answers", total=len(prompts), rate="")
+            waiting: dict[int, str] = {}
+            written = 0
+            for index, completion in completions(context.engine, prompts, context.params):
+                tokens += len(completion.token_ids)
+                seconds = time.perf_counter() - started
+                waiting[index] = json.dumps(record(requests[index // self.n], index % self.n, completion, seconds), ensure_ascii=False)
+                while written in waiting:
+                    file.write(waiting.pop(written) + "\n")
+                    written += 1
+                file.flush()
+                bar.update(job, advance=1, rate=f"{tokens / seconds:.0f} tokens/s")
+        metrics = measures(tokens, time.perf_counter() - started, len(prompts))
+        notes.print(f"{len(prompts)} answers in {path}", markup=False)
+        notes.print(summary(metrics, context.run), style="dim", markup=False)
+        return metrics
+
+
+class Renderer:
+    """Turns what a user gives into prompt ids, made like the run's documents: text after a document start, or turns of a conversation."""
+
+    def __init__(self, run: Run) -> None:
+        self._tokenizer = run.tokenizer
+        self._data = build_data(run.cfg)
+        self.chat = hasattr(self._data, "render")
+        if self.chat:
+            self._data.tokenizer = run.tokenizer
+
+    def __call__(self, given: str | list[dict[str, str]], where: str = "prompt") -> list[int]:
+        """Ids of a text, or of messages {role, content}. Raises UserError for messages that the run cannot read."""
+        if self.chat:
+            return cast(Any, self._data).render([{"role": "user", "content": given}] if isinstance(given, str) else given)
+        if isinstance(given, str):
+            return [self._tokenizer.eot_id, *self._tokenizer.encode(given)]
+        raise UserError(f"{where}: 'messages' need a run that was trained on conversations (data=chat); give a 'prompt' instead")
+
+
+def read_requests(path: Path) -> list[Request]:
+    """Read a JSONL file of {"prompt": text} or {"messages": [{"role", "content"}, ...]}, each with an optional "id".
+
+    Raises:
+        UserError: naming the file, the line, and what was found there.
+    """
+    try:
+        lines = path.read_text(encoding="utf-8-sig").split("\n")
+    except UnicodeDecodeError as error:
+        bad = error.object[: error.start].count(b"\n") + 1
+        raise UserError(f"{path}: line {bad} is not UTF-8 (byte {error.object[error.start]:#04x}); save the file as UTF-8") from error
+    except OSError as error:
+        raise UserError(f"prompts: {str(path)!r} cannot be read ({error.strerror or error}); give a JSONL file") from error
+    requests: list[Request] = []
+    for number, line in enumerate(lines, start=1):
+        if line.strip():
+            requests.append(parse_request(line, f"{path}: line {number}", len(requests)))
+    if not requests:
+        raise UserError(f'{path}: empty; give one JSON object a line, such as {{"prompt": "Once"}}')
+    return requests
+
+
+def parse_request(line: str, where: str, index: int) -> Request:
+    """One line of a prompts file."""
+    try:
+        row = json.loads(line)
+    except ValueError as error:
+        raise UserError(f"{where} is not JSON ({error})") from error
+    if not isinstance(row, dict):
+        raise UserError(f'{where} is not a JSON object; give {{"prompt": TEXT}}')
+    if ("prompt" in row) == ("messages" in row):
+        columns = ", ".join(map(repr, row)) or "none"
+        raise UserError(f"{where} needs either 'prompt' or 'messages'; its columns are {columns}")
+    given = row["prompt"] if "prompt" in row else row["messages"]
+    if "prompt" in row and not isinstance(given, str):
+        raise UserError(f"{where}: 'prompt' is {given!r}, not text")
+    if "messages" in row and not is_conversation(given):
+        raise UserError(f"{where}: 'messages' is not a list of {{'role': TEXT, 'content': TEXT}}")
+    name = row.get("id", index)
+    return Request(name if isinstance(name, str | int) else json.dumps(name), given, where)
+
+
+def is_conversation(value: Any) -> bool:
+    """Is this a list of at least one {role, content}, both text?"""
+    turns = value if isinstance(value, list) and value else [None]
+    return all(isinstance(turn, dict) and isinstance(turn.get("role"), str) and isinstance(turn.get("content"), str) for turn in turns)
+
+
+def default_prompt(context: Context) -> tuple[list[int], str]:
+    """Prompt ids that suit the run, and where they are from: its own sample prompt, else the beginning of its held-out data.
+
+    Held-out rows that do not count from their start (conversations, probes) give all that stands before what counts.
+    """
+    run = context.run
+    own = OmegaConf.select(run.cfg, "samples.prompt")
+    if own is not None:
+        return Renderer(run)(str(own)), "the run's own samples.prompt"
+    try:
+        data = build_data(run.cfg)
+        data.prepare(context.cache_dir, run.tokenizer)
+        batch = next(iter(data.val_batches()))
+    except UserError as error:
+        return [run.tokenizer.eot_id], f"nothing but a document start, since the run's data cannot be read ({error})"
+    counts = batch.labels[0] != IGNORE if batch.labels is not None else torch.ones(1)
+    first = int(counts.nonzero()[0]) if counts.any() else 0
+    return batch.input_ids[0, : first + 1 if first else DEFAULT_PROMPT_TOKENS].tolist(), "the beginning of its held-out text"
+
+
+def completions(engine: Engine, prompts: list[list[int]], params: SamplingParams) -> Iterator[tuple[int, Completion]]:
+    """(index, completion) as they are finished where the engine can say so, else all at the end."""
+    if hasattr(engine, "completions"):
+        yield from engine.completions(prompts, params)
+    else:
+        yield from enumerate(engine.generate(prompts, params))
+
+
+def record(request: Request, sample: int, completion: Completion, seconds: float) -> dict[str, Any]:
+    """One line of the output. logprob: of the whole answer, stop token included. seconds: since generation began."""
+    return {
+        "id": request.id,
+        "sample": sample,
+        "prompt": request.given,
+        "text": completion.text,
+        "token_ids": completion.token_ids,
+        "logprob": sum(completion.logprobs),
+        "finish_reason": completion.finish_reason,
+        "tokens": len(completion.token_ids),
+        "seconds": round(seconds, 3),
+    }
+
+
+@contextmanager
+def new_file(path: Path) -> Iterator[TextIO]:
+    """Open a file that does not exist yet, or is empty, for writing.
+
+    Raises:
+        UserError: it has content that would be lost, or it cannot be written.
+    """
+    if path.is_file() and path.stat().st_size:
+        raise UserError(f"output: {str(path)!r} has content already; choose another name or remove it")
+    with ExitStack() as stack:
+        try:
+            path.parent.mkdir(parents=True, exist_ok=True)
+            file = stack.enter_context(path.open("w", encoding="utf-8"))
+        except OSError as error:
+            raise UserError(f"output: {str(path)!r} cannot be written ({error.strerror or error})") from error
+        yield file
+
+
+def progress_bar(console: Console) -> Progress:
+    """A bar on stderr; nothing where that is no terminal."""
+    columns = (
+        TextColumn("{task.description}"),
+        BarColumn(),
+        MofNCompleteColumn(),
+        TextColumn("{task.fields[rate]}"),
+        TimeRemainingColumn(),
+    )
+    return Progress(*columns, console=console, disable=not console.is_terminal, transient=True)
+
+
+def tokens_of(engine: Engine) -> float:
+    """Tokens that the engine has generated so far; 0 where it does not say."""
+    return engine.diagnostics().get("tokens", 0.0) if isinstance(engine, Diagnostics) else 0.0
+
+
+def measures(tokens: float, seconds: float, answers: int) -> dict[str, float]:
+    return {"answers": float(answers), "tokens": tokens, "seconds": seconds, "perf/tokens_per_second": tokens / max(seconds, 1e-9)}
+
+
+def summary(metrics: dict[str, float], run: Run) -> str:
+    """The last line of a generation: how fast, from what, and what to try next."""
+    speed = f"{metrics['tokens']:.0f} tokens in {metrics['seconds']:.1f} s ({metrics['perf/tokens_per_second']:.0f} tokens/s)"
+    return f"{speed} from {run.path}, step {run.step}. Next: python generate.py decode=greedy prompt='...', or prompts=FILE.jsonl for many"

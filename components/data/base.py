@@ -141,15 +141,10 @@ class CorpusData:
                 return Tokenizer.load(home)
             except UserError:  # damaged in the cache: nothing that the user must mend
                 (home / FILE_NAME).unlink()
-        size = self._size(corpora, "train")
-        with progress("training the tokenizer,", size) as advance:
+        with progress("training the tokenizer,", sum(corpus.size("train") for corpus in corpora)) as advance:
             tokenizer = train_bpe(_counted(_documents(corpora, "train"), advance), int(options["vocab_size"]))
         tokenizer.save(home)
         return tokenizer
-
-    @staticmethod
-    def _size(corpora: Sequence[Corpus], split: str) -> int:
-        return sum(len(document.text()) for document in _documents(corpora, split))
 
     def _token_file(self, folder: Path, corpus: Corpus, fingerprint: str, split: str) -> TokenFile | None:
         """Open the cached token file of a corpus, made first when it is not there; None for a corpus without held-out documents."""
@@ -157,7 +152,7 @@ class CorpusData:
         if not intact(folder, name):
             if split == "val" and next(corpus.held_out(), None) is None:
                 return None
-            with progress(f"tokenising {split} text,", self._size([corpus], split)) as advance:
+            with progress(f"tokenising {split} text,", corpus.size(split)) as advance:
                 write_token_file(folder, name, _documents([corpus], split), self.tokenizer, advance)
         return TokenFile(folder, name)
 

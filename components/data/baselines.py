@@ -51,28 +51,30 @@ def order2_probabilities(train: np.ndarray, text: np.ndarray, p0: np.ndarray) ->
     P(c|ab) = (N(abc) + T(ab) P(c|b)) / (N(ab) + T(ab)) where T counts the different bytes seen after the context; likewise P(c|b) over p0.
     A context that was never seen passes the lower order on unchanged.
     """
-    pairs = _counts(train, 2).reshape(256, 256)
-    triples = _counts(train, 3).reshape(65536, 256)
-    c = text.astype(np.int64)
-    b = c[:-1]
-    p = p0[c]  # (n,)
-    p[1:] = _interpolate(pairs[b, c[1:]], pairs.sum(1)[b], (pairs > 0).sum(1)[b], p[1:])
-    ab = (c[:-2] << 8) | c[1:-1]
-    p[2:] = _interpolate(triples[ab, c[2:]], triples.sum(1)[ab], (triples > 0).sum(1)[ab], p[2:])
+    used = np.flatnonzero(np.bincount(train, minlength=256) + np.bincount(text, minlength=256))
+    rank = np.zeros(256, np.int64)
+    rank[used] = np.arange(len(used))
+    k = len(used)  # tables over the bytes that occur: some 100 for text, so that they stay small
+    pairs = _counts(rank[train], 2, k).reshape(k, k)
+    triples = _counts(rank[train], 3, k).reshape(k * k, k)
+    c = rank[text]
+    p = p0[text]  # (n,)
+    p[1:] = _interpolate(pairs, c[:-1], c[1:], p[1:])
+    p[2:] = _interpolate(triples, c[:-2] * k + c[1:-1], c[2:], p[2:])
     return p
 
 
-def _interpolate(count: np.ndarray, context: np.ndarray, distinct: np.ndarray, lower: np.ndarray) -> np.ndarray:
-    seen = context > 0
-    return np.where(seen, (count + distinct * lower) / np.where(seen, context + distinct, 1), lower)
+def _interpolate(table: np.ndarray, context: np.ndarray, byte: np.ndarray, lower: np.ndarray) -> np.ndarray:
+    total, distinct = table.sum(1)[context], (table > 0).sum(1)[context]
+    return np.where(total > 0, (table[context, byte] + distinct * lower) / np.maximum(total + distinct, 1), lower)
 
 
-def _counts(data: np.ndarray, order: int) -> np.ndarray:
-    """Count the n-grams of `order` bytes, (256 ** order,) int64."""
-    total = np.zeros(256**order, np.int64)
+def _counts(data: np.ndarray, order: int, k: int) -> np.ndarray:
+    """Count the n-grams of `order` symbols below k, (k ** order,) int64."""
+    total = np.zeros(k**order, np.int64)
     for start in range(0, max(len(data) - order + 1, 0), BLOCK_BYTES):
-        block = data[start : start + BLOCK_BYTES + order - 1].astype(np.int64)
+        block = data[start : start + BLOCK_BYTES + order - 1]
         n = len(block) - order + 1
-        code = sum(block[i : i + n] << (8 * (order - 1 - i)) for i in range(order))
+        code = sum(block[i : i + n] * k ** (order - 1 - i) for i in range(order))
         total += np.bincount(code, minlength=len(total))
     return total

@@ -43,6 +43,9 @@ class Corpus(Protocol):
 
     def train(self) -> Iterator[Document]: ...
     def held_out(self) -> Iterator[Document]: ...
+    def size(self, split: str) -> int:
+        """Characters of the part `split` (train or val), about, for progress bars."""
+        ...
 
 
 def digest(*parts: object) -> str:

@@ -164,6 +164,14 @@ class FileCorpus:
         else:
             yield from (d for d in self._documents(self._files) if d.key in self._held_out)
 
+    def size(self, split: str) -> int:
+        """Characters of the part `split` (train or val), about."""
+        if self._val_files is not None:
+            return sum((self._sizes if split == "train" else self._val_sizes).values())
+        if self._held_out is None:
+            return round(sum(self._sizes.values()) * (self._fraction if split == "val" else 1.0 - self._fraction))
+        return sum(size for key, size in self._sizes.items() if (key in self._held_out) == (split == "val"))
+
     def _documents(self, files: FileSet) -> Iterator[Document]:
         for key, file, place, record in files.records():
             pieces = self._render(file, place, record)
@@ -177,9 +185,18 @@ class FileCorpus:
                 yield Document(document.key, (Piece(text),))
 
     @cached_property
+    def _sizes(self) -> dict[str, int]:
+        """Characters of every document by its key: the one pass that settles the split and the progress bars."""
+        return {d.key: len(d.text()) for d in self._documents(self._files)}
+
+    @cached_property
+    def _val_sizes(self) -> dict[str, int]:
+        return {} if self._val_files is None else {d.key: len(d.text()) for d in self._documents(self._val_files)}
+
+    @cached_property
     def _held_out(self) -> set[str] | None:
         """Keys of the documents that are held out whole; None when the tail of each is."""
-        keys = [d.key for d in self._documents(self._files)]
+        keys = list(self._sizes)
         if not keys:
             raise UserError(f"{self._key}: {self.name}: holds no text; every file or row in it is empty")
         if self._tails and len(keys) * self._fraction < 1.0:

@@ -73,6 +73,9 @@ class StdlibCorpus:
     def held_out(self) -> Iterator[Document]:
         return (Document(key, (Piece(text),)) for key, text in self._texts.items() if key in self._held_out)
 
+    def size(self, split: str) -> int:
+        return sum(len(text) for key, text in self._texts.items() if (key in self._held_out) == (split == "val"))
+
     @cached_property
     def _held_out(self) -> set[str]:
         return held_out_keys(self._texts, self._fraction)

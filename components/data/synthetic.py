@@ -108,6 +108,9 @@ class SyntheticCorpus:
     def held_out(self) -> Iterator[Document]:
         return self._documents("val", self.probes[0])
 
+    def size(self, split: str) -> int:
+        return sum(len(prompt) + len(answer) for prompt, answer in self.probes[split == "train"])
+
     def _documents(self, split: str, probes: list[Probe]) -> Iterator[Document]:
         for i, (prompt, answer) in enumerate(probes):
             yield Document(f"{split}#{i}", (Piece(prompt, loss=self._loss_on == "all"), Piece(answer)))

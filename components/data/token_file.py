@@ -90,7 +90,10 @@ def intact(folder: Path, name: str) -> bool:
 
 @contextmanager
 def cache_lock(folder: Path) -> Iterator[None]:
-    """Hold the folder's lock; another process waits, with one line on stderr. The kernel frees the lock of a process that dies."""
+    """Hold the folder's lock; another process waits, with one line on stderr. The kernel frees the lock of a process that dies.
+
+    What such a process left half-written is removed.
+    """
     try:
         folder.mkdir(parents=True, exist_ok=True)
         file = (folder / LOCK_NAME).open("a")
@@ -102,6 +105,8 @@ def cache_lock(folder: Path) -> Iterator[None]:
         except BlockingIOError:
             note(f"waiting for another process that is preparing the data in {folder}")
             fcntl.flock(file, fcntl.LOCK_EX)
+        for left in folder.glob(".*.tmp"):
+            left.unlink(missing_ok=True)
         yield
 
 

@@ -113,7 +113,7 @@ def ckpt_folder(config: DictConfig) -> Path:
 def save_setup(config: DictConfig, run_dir: Path, parts: Parts) -> DictConfig:
     """Write config.yaml (resolved, without secrets) and the tokenizer; return the configuration with the size of the head filled in."""
     run_dir.mkdir(parents=True, exist_ok=True)
-    config = OmegaConf.create(OmegaConf.to_container(config, resolve=True))
+    config = DictConfig(OmegaConf.to_container(config, resolve=True))
     config.model.vocab_size = parts.model.vocab_size
     facts = {"versions": runtime.versions(), "git": runtime.git_state()}
     trailer = "".join(f"# {line}\n" for line in OmegaConf.to_yaml(facts).splitlines())
@@ -155,7 +155,7 @@ class Session:
         """The configured Trainer with our callbacks. Their order matters: see StepCallback."""
         config = self.config
         self.clock = Throughput(3.0 * self.parts.model.forward_flops(self.parts.data.seq_len), None)
-        self.rows = MetricsRow(self.clock)
+        self.rows = MetricsRow(self.clock, config.trainer.log_every_n_steps)
         self.ema = Ema(config.ema.decay) if config.ema.enabled else None
         saver = Checkpoints(self.run_dir, **config.checkpoint, clock=self.clock, rows=self.rows)
         weights = self.ema.applied if self.ema else None

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import netrc
 import os
 import secrets
@@ -94,6 +95,7 @@ class WandbLogger(RunLogger):
         """Open the run under the id kept in run_state.json. info: name, tags, config, group (used where the option has none)."""
         import wandb
 
+        logging.getLogger("wandb").propagate = False  # it has its own debug.log; train.log is for people
         run_id = read_state(run_dir).get("wandb_id") or new_run_id()
         write_state(run_dir, wandb_id=run_id)
         mode = choose_mode(self.mode)
@@ -102,19 +104,19 @@ class WandbLogger(RunLogger):
             "id": run_id, "resume": "allow", "dir": str(run_dir), "name": info["name"], "tags": info["tags"], "config": info["config"],
             "reinit": "create_new",
         }  # fmt: skip
-        settings = {"silent": True, "console": "off", "init_timeout": INIT_SECONDS, "x_disable_stats": True, "x_save_requirements": False}
+        settings = wandb.Settings(silent=True, console="off", init_timeout=INIT_SECONDS, x_disable_stats=True, x_save_requirements=False)
         try:
-            self.run = wandb.init(**arguments, mode=mode, settings=wandb.Settings(**settings))
+            self.run = wandb.init(**arguments, mode=mode, settings=settings)
         except wandb.errors.Error as error:
             if mode != "online":
                 raise
             say(f"W&B: {' '.join(str(error).split())[:120]}; logging offline")
             mode = "offline"
-            self.run = wandb.init(**arguments, mode=mode, settings=wandb.Settings(**settings))
+            self.run = wandb.init(**arguments, mode=mode, settings=settings)
         self.offline = mode == "offline"
         self.run.define_metric("tokens")
         self.run.define_metric("*", step_metric="tokens")
-        if self.run.url and mode == "online":
+        if mode == "online":
             say(f"W&B: {self.run.url}")
 
     def log_metrics(self, metrics: Mapping[str, float], step: int | None = None) -> None:
@@ -126,7 +128,11 @@ class WandbLogger(RunLogger):
         """Finish the run as done (0), or failed; wait for the upload."""
         if self.run is None:
             return []
+        import wandb
+
         folder, run, self.run = Path(self.run.dir).parent, self.run, None
         run.summary.update({key: value for key, value in summary.items() if value is not None})
         run.finish(exit_code=exit_code)
+        if wandb.run is None:  # nobody else in this process uses W&B's service: end it too
+            wandb.teardown()
         return [f"W&B (offline): wandb sync {folder.parent}/offline-run-*-{run.id}"] if self.offline else []

@@ -12,26 +12,33 @@ from framework.callbacks.throughput import Throughput
 
 
 class MetricsRow(StepCallback):
-    """Collects loss, validation, optimizer figures, speed and every component's diagnostics, every `trainer.log_every_n_steps` steps.
+    """Collects loss, validation, optimizer figures, speed and every component's diagnostics, every few steps.
 
     Lightning's own logging keeps the validation of a step in another row than its training loss, under another step number.
     """
 
-    def __init__(self, clock: Throughput) -> None:
-        """clock: gives tokens, seconds and speed."""
+    def __init__(self, clock: Throughput, every_steps: int) -> None:
+        """
+        Args:
+            clock: gives tokens, seconds and speed.
+            every_steps: optimizer steps between rows; a validated step and the last one have a row in any case.
+        """
         self.clock = clock
+        self.every_steps = every_steps
         self.last: dict[str, float] = {}  # newest value of every metric
         self.newest: tuple[int, dict[str, float]] = (-1, {})  # step and values of the newest row
 
     def on_step_end(self, trainer: pl.Trainer, module: pl.LightningModule, step: int) -> None:
-        validation: dict[str, float] = module.take_validation()
-        if validation or step % trainer.log_every_n_steps == 0 or step >= trainer.max_steps:
-            self.emit(trainer, {**module.step_metrics(), **validation, **self.diagnostics(trainer, module), **self.clock.take()}, step)
+        task: Any = module
+        validation: dict[str, float] = task.take_validation()
+        if validation or step % self.every_steps == 0 or step >= trainer.max_steps:
+            self.emit(trainer, {**task.step_metrics(), **validation, **self.diagnostics(trainer, module), **self.clock.take()}, step)
 
     def on_validation_end(self, trainer: pl.Trainer, module: pl.LightningModule) -> None:
         super().on_validation_end(trainer, module)
         if trainer.state.fn == "validate":  # before the first step
-            self.emit(trainer, {**module.take_validation(), "tokens": 0.0, "seconds": 0.0}, 0)
+            task: Any = module
+            self.emit(trainer, {**task.take_validation(), "tokens": 0.0, "seconds": 0.0}, 0)
 
     def emit(self, trainer: pl.Trainer, row: dict[str, float], step: int) -> None:
         """Write one row everywhere."""

@@ -10,7 +10,7 @@ from typing import Any
 import lightning.pytorch as pl
 
 from components.contracts import Batch
-from framework.callbacks.step import StepCallback
+from framework.callbacks.step import StepCallback, window_is_full
 
 
 class Throughput(StepCallback):
@@ -24,7 +24,8 @@ class Throughput(StepCallback):
         """
         self.flops_per_token = flops_per_token
         self.peak_flops = peak_flops
-        self.tokens = 0
+        self.tokens = 0  # of finished optimizer steps
+        self.window_tokens = 0
         self.seconds = 0.0  # from start of training, pauses of the process left out
         self.training_seconds = 0.0
         self.started: float | None = None
@@ -84,7 +85,11 @@ class Throughput(StepCallback):
         self.tick()
 
     def on_train_batch_end(self, trainer: pl.Trainer, module: pl.LightningModule, outputs: Any, batch: Batch, batch_idx: int) -> None:
-        self.tokens += batch.input_ids.numel() * trainer.world_size
+        if batch_idx % trainer.accumulate_grad_batches == 0:
+            self.window_tokens = 0
+        self.window_tokens += batch.input_ids.numel() * trainer.world_size
+        if window_is_full(trainer, batch_idx):  # not before: a checkpoint asked for inside a step holds the state before it
+            self.tokens += self.window_tokens
         super().on_train_batch_end(trainer, module, outputs, batch, batch_idx)
 
     def on_validation_start(self, trainer: pl.Trainer, module: pl.LightningModule) -> None:

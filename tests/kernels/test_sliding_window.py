@@ -5,8 +5,15 @@ from __future__ import annotations
 import pytest
 import torch
 
-from kernels.sliding_window import attention, cached_attention, eager, reference
+from kernels.dispatch import force
+from kernels.sliding_window import attention, cached_attention, cpu, eager, reference
 from tests.kernels.support import assert_close, compare, gradients
+
+
+@pytest.fixture(params=["eager", "cpu"], autouse=True)
+def backend(request):
+    with force(request.param, op="sliding_window"):
+        yield request.param
 
 
 def make(batch=2, heads=4, groups=2, length=13, head_dim=6, dtype=torch.float64):
@@ -23,8 +30,8 @@ def segments(batch, length):
     return starts.cumsum(dim=1, dtype=torch.int32)
 
 
-# window None, 1, below, at and above the length; 2 * window < length takes the loop over blocks, with an odd last block
-@pytest.mark.parametrize("window", [None, 1, 2, 4, 6, 7, 12, 13, 50])
+# window None, below, at and above the length; 2 * window < length takes the loop over blocks, with an odd last block
+@pytest.mark.parametrize("window", [None, 2, 4, 6, 7, 12, 13, 50])
 @pytest.mark.parametrize("packed", [False, True])
 @pytest.mark.parametrize("groups", [1, 2, 4])
 def test_float64_matches_brute_force(window, packed, groups):
@@ -34,7 +41,8 @@ def test_float64_matches_brute_force(window, packed, groups):
     compare(gradients(lambda **kw: (attention(**kw, window=window, segment_ids=ids),), inputs, cotangents), expected, 1e-12)
 
 
-@pytest.mark.parametrize("length", [2, 70, 129])
+# blocks of the CPU path are 64 queries: below, at and above one and two of them, with an odd end
+@pytest.mark.parametrize("length", [2, 63, 64, 65, 128, 150])
 def test_float32_lengths(length):
     inputs, cotangents = make(length=length, head_dim=16, dtype=torch.float32)
     doubled = {k: v.double() for k, v in inputs.items()}
@@ -42,9 +50,27 @@ def test_float32_lengths(length):
     compare(gradients(lambda **kw: (attention(**kw, window=16),), inputs, cotangents), expected, 1e-5)  # measured: below 4e-7
 
 
-def test_one_position_returns_its_value():
-    inputs, cotangents = make(length=1)
-    result = gradients(lambda **kw: (attention(**kw, window=3),), inputs, cotangents)
+@pytest.mark.parametrize("window", [None, 70])
+def test_several_blocks_of_packed_documents(window):
+    inputs, cotangents = make(length=200)
+    ids = segments(2, 200)
+    expected = gradients(lambda **kw: (reference.attention(**kw, window=window, segment_ids=ids),), inputs, cotangents)
+    compare(gradients(lambda **kw: (attention(**kw, window=window, segment_ids=ids),), inputs, cotangents), expected, 1e-12)
+
+
+def test_rows_too_long_to_keep_their_weights_train_in_eager(monkeypatch):
+    inputs, _ = make(length=100)
+    inputs["q"].requires_grad_()
+    kept = cpu.attention(**inputs, window=70)
+    monkeypatch.setattr(cpu, "_MAX_KEPT_BYTES", cpu._kept_bytes(inputs["q"], 70) - 1)
+    assert "Blocked" in kept.grad_fn.name()
+    assert "Blocked" not in cpu.attention(**inputs, window=70).grad_fn.name()
+
+
+@pytest.mark.parametrize(("length", "window"), [(1, 3), (13, 1)])
+def test_a_query_that_sees_only_itself_returns_its_value(length, window):
+    inputs, cotangents = make(length=length)
+    result = gradients(lambda **kw: (attention(**kw, window=window),), inputs, cotangents)
     assert_close(result["out0"], inputs["v"].repeat_interleave(2, dim=1), 1e-12, "o")
     assert_close(result["d_v"], cotangents[0].unflatten(1, (2, 2)).sum(dim=2), 1e-12, "d_v")
     assert result["d_q"].abs().max() < 1e-12 and result["d_k"].abs().max() < 1e-12
@@ -124,7 +150,7 @@ def test_a_query_that_sees_nothing_gives_zeros(dtype):
 @pytest.mark.parametrize("window", [None, 2])
 def test_gradcheck(window):
     inputs, _ = make(batch=1, heads=2, groups=1, length=5, head_dim=2)
-    function = lambda q, k, v: eager.attention(q, k, v, window, torch.tensor([[0, 0, 0, 1, 1]]))  # noqa: E731
+    function = lambda q, k, v: attention(q, k, v, window, torch.tensor([[0, 0, 0, 1, 1]]))  # noqa: E731
     assert torch.autograd.gradcheck(function, [x.requires_grad_() for x in inputs.values()])
 
 

@@ -23,7 +23,7 @@ from components.decoding.sampling import check_params
 from framework.build import ConfigErrors, Run, build, build_data, load_run
 from framework.run import resolve_checkpoint
 from framework.runtime import prepare_process
-from framework.signatures import describe, fits
+from framework.signatures import ALLOWED, describe, fits, locate
 
 KEYS: dict[str, Any] = {"max_new_tokens": int, "device": str, "adapter": dict[str, bool]}
 DEFAULT_PROMPT_TOKENS = 16
@@ -127,7 +127,7 @@ class Answer:
     def _on_terminal(self, context: Context) -> dict[str, float]:
         """Text goes to stdout, everything said about it to stderr."""
         notes = Console(stderr=True, highlight=False, soft_wrap=True)
-        render = Renderer(context.run)
+        render = Renderer(context)
         if self.prompt is None:
             ids, source = default_prompt(context)
             shown = context.run.tokenizer.decode(ids)
@@ -150,7 +150,7 @@ class Answer:
 
     def _into_file(self, requests: list[Request], context: Context) -> dict[str, float]:
         """Answers in the order of the requests, each written as soon as those before it are."""
-        render = Renderer(context.run)
+        render = Renderer(context)
         prompts = [render(request.given, where=request.where) for request in requests for _ in range(self.n)]
         path = Path(self.output) if self.output is not None else context.out_dir / "generations.jsonl"
         tokens, started = 0, time.perf_counter()
@@ -177,20 +177,24 @@ class Answer:
 class Renderer:
     """Turns what a user gives into prompt ids, made like the run's documents: text after a document start, or turns of a conversation."""
 
-    def __init__(self, run: Run) -> None:
+    def __init__(self, context: Context) -> None:
+        run = context.run
         self._tokenizer = run.tokenizer
-        self._data = build_data(run.cfg)
-        self.chat = hasattr(self._data, "render")
+        self.chat = hasattr(locate(run.cfg.data._target_, (*ALLOWED, *run.cfg.allow_targets)), "render")
         if self.chat:
-            self._data.tokenizer = run.tokenizer
+            self._data = build_data(run.cfg)
+            self._data.prepare(context.cache_dir, run.tokenizer)
 
     def __call__(self, given: str | list[dict[str, str]], where: str = "prompt") -> list[int]:
-        """Ids of a text, or of messages {role, content}. Raises UserError for messages that the run cannot read."""
-        if self.chat:
+        """Ids of a text, or of messages {role, content}. Raises UserError, beginning with `where`, for what the run cannot read."""
+        if not self.chat:
+            if isinstance(given, str):
+                return [self._tokenizer.eot_id, *self._tokenizer.encode(given)]
+            raise UserError(f"{where}: 'messages' need a run that was trained on conversations (data=chat); give a 'prompt' instead")
+        try:
             return cast(Any, self._data).render([{"role": "user", "content": given}] if isinstance(given, str) else given)
-        if isinstance(given, str):
-            return [self._tokenizer.eot_id, *self._tokenizer.encode(given)]
-        raise UserError(f"{where}: 'messages' need a run that was trained on conversations (data=chat); give a 'prompt' instead")
+        except UserError as error:
+            raise UserError(f"{where}: {error}") from error
 
 
 def read_requests(path: Path) -> list[Request]:
@@ -249,7 +253,7 @@ def default_prompt(context: Context) -> tuple[list[int], str]:
     run = context.run
     own = OmegaConf.select(run.cfg, "samples.prompt")
     if own is not None:
-        return Renderer(run)(str(own)), "the run's own samples.prompt"
+        return Renderer(context)(str(own)), "the run's own samples.prompt"
     try:
         data = build_data(run.cfg)
         data.prepare(context.cache_dir, run.tokenizer)

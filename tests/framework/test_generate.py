@@ -13,6 +13,7 @@ import generate as entry_point
 from components.contracts import Batch, Completion, UserError
 from components.data.tokenizers import bytes_tokenizer
 from framework.build import build, build_model, compose, load_run
+from framework.engines.native import NativeEngine
 from framework.generate import completions, device, read_requests
 from framework.runs import write_state
 
@@ -21,7 +22,7 @@ TEXT = "".join(f"The {n}th line says {n * n} things about cats, dogs and the sea
 
 def make_run(folder: Path, *words: str, created: str = "2026-01-01T00:00:00", seed: int = 0) -> Path:
     """A run directory as training leaves it, but with initial weights."""
-    config = compose("train", ["model/size=test", "model.vocab_size=320", f"paths.output_dir={folder}", *words])
+    config = compose("train", ["model/size=test", f"paths.output_dir={folder}", *words])
     tokenizer = bytes_tokenizer()
     torch.manual_seed(seed)
     model = build_model(config, tokenizer.vocab_size)
@@ -44,7 +45,7 @@ def home(tmp_path_factory) -> Path:
 
 @pytest.fixture(scope="module")
 def text_words(home) -> list[str]:
-    return ["data=text", f"data.path={home / 'text.txt'}", "data.tokenizer.kind=bytes", "data.tokenizer.vocab_size=261", "data.seq_len=64"]
+    return ["data=text", f"data.path={home / 'text.txt'}", "data.tokenizer.kind=bytes", "data.seq_len=64"]
 
 
 @pytest.fixture(scope="module")
@@ -179,8 +180,6 @@ def test_output_is_where_it_was_asked_for_and_never_overwritten(call, tmp_path):
 
 def test_each_answer_is_on_disk_before_the_next_is_done(tmp_path, monkeypatch, call):
     """Killed after the second of three answers, the first two stand in the file."""
-    from framework.engines.native import NativeEngine
-
     real = NativeEngine.completions
 
     def dies(self, prompts, params):
@@ -201,6 +200,31 @@ def test_engines_that_only_generate_are_enough():
             return [Completion([1], "x", [0.0], "stop") for _ in prompts]
 
     assert [index for index, _ in completions(Plain(), [[1], [2]], None)] == [0, 1]
+
+
+def test_a_run_on_conversations_reads_prompts_as_turns(call, home, tmp_path):
+    chats = home / "chats.jsonl"
+    row = {"messages": [{"role": "user", "content": "What is it?"}, {"role": "assistant", "content": "A cat."}]}
+    chats.write_text("".join(json.dumps(row | {"n": n}) + "\n" for n in range(60)))
+    words = ["task=sft", "data=chat", f"data.path={chats}", "data.tokenizer.kind=bytes", "data.seq_len=64"]
+    folder = make_run(home / "elsewhere" / "chat", *words)
+    turn = [{"role": "user", "content": "hi"}]
+    rows = [{"prompt": "hi"}, {"messages": turn}, {"messages": [{"role": "system", "content": "Be brief."}, *turn]}]
+    code, _, err = call(f"ckpt={folder}", f"prompts={prompts_file(tmp_path, *rows)}", "decode=greedy")
+    assert code == 0, err
+    answers = [json.loads(line) for line in (tmp_path / "out" / "generations.jsonl").read_text().splitlines()]
+    assert answers[0]["token_ids"] == answers[1]["token_ids"]
+    loaded = load_run(folder)
+    mark = loaded.tokenizer.special_id
+    ids = [loaded.tokenizer.eot_id, mark("<|user|>"), *b"hi", mark("<|end|>"), mark("<|assistant|>"), *answers[0]["token_ids"]]
+    (scores,) = NativeEngine(loaded.model, loaded.tokenizer).score([ids])
+    assert answers[0]["logprob"] == pytest.approx(scores[-answers[0]["tokens"] :].sum().item(), rel=1e-4)  # float32
+    assert answers[2]["logprob"] != answers[1]["logprob"]
+    code, out, err = call(f"ckpt={folder}")
+    assert code == 0 and out.startswith("What is it?") and "held-out" in err
+    assert not call(f"ckpt={folder}", "prompt=hi")[1].startswith("hi")
+    wizard = prompts_file(tmp_path, {"messages": [{"role": "wizard", "content": "x"}]})
+    refused(call(f"ckpt={folder}", f"prompts={wizard}", f"output={tmp_path / 'none.jsonl'}"), "prompts.jsonl: line 1", "wizard")
 
 
 def test_rope_of_the_run_can_be_changed(call, home, text_words, tmp_path):

@@ -7,7 +7,7 @@ from collections.abc import Mapping
 from pathlib import Path
 
 INK, TRAIN, VAL, BASELINE = "#333333", "#9bb8d3", "#c8502d", "#777777"
-SMOOTHING = 0.95  # weight of the past in the drawn training curve
+SMOOTHING = 0.9  # weight of the past in the drawn training curve
 
 
 def smoothed(values: list[float]) -> list[float]:

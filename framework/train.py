@@ -239,7 +239,7 @@ class Session:
             for line in lines:
                 say(line)
         say(f"next: python generate.py ckpt={self.run_dir} prompt='...'")
-        say(f"or:   python train.py resume={self.run_dir} trainer.max_steps=N   (more steps)")
+        say(f"or:   python train.py ckpt={self.run_dir} data=text data.path=FILE   (go on from these weights on text of your own)")
         return metrics
 
     def open(self) -> None:

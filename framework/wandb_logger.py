@@ -98,7 +98,7 @@ class WandbLogger(RunLogger):
         logging.getLogger("wandb").propagate = False  # it has its own debug.log; train.log is for people
         run_id = read_state(run_dir).get("wandb_id") or new_run_id()
         write_state(run_dir, wandb_id=run_id)
-        mode = choose_mode(self.mode)
+        mode: Any = choose_mode(self.mode)
         arguments: dict[str, Any] = {
             "project": self.project, "entity": self.entity, "group": self.group or info["group"], "job_type": self.job_type,
             "id": run_id, "resume": "allow", "dir": str(run_dir), "name": info["name"], "tags": info["tags"], "config": info["config"],

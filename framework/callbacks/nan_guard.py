@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 import lightning.pytorch as pl
 import torch
@@ -42,8 +43,9 @@ class NanGuard(pl.Callback):
         Raises:
             UserError: loss or gradient is not finite.
         """
-        norm, loss = gradient_norm(module), module.window_loss
-        module.grad_norm = norm
+        task: Any = module
+        norm, loss = gradient_norm(module), task.window_loss
+        task.grad_norm = norm
         if torch.isfinite(norm + loss).item():
             return
         what = "loss" if not torch.isfinite(torch.as_tensor(loss)) else "gradient"

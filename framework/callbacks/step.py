@@ -16,7 +16,8 @@ def window_is_full(trainer: pl.Trainer, batch_idx: int) -> bool:
 
 def validation_follows(trainer: pl.Trainer, batch_idx: int) -> bool:
     """Will Lightning validate after this micro-batch? (At the interval, and when it was asked to stop.)"""
-    return bool(trainer.enable_validation) and (trainer.should_stop or (batch_idx + 1) % trainer.val_check_batch == 0)
+    interval = int(trainer.val_check_batch or 0)
+    return bool(trainer.enable_validation) and (trainer.should_stop or (interval > 0 and (batch_idx + 1) % interval == 0))
 
 
 class StepCallback(pl.Callback):

@@ -78,7 +78,7 @@ def test_lines_say_cost_result_and_what_next(finished):
     assert "79,056 parameters (79,056 trainable)" in first and f"{12 * BATCH_TOKENS:,} in this run" in first
     assert "GiB" in first and "from one timed step" in first
     assert f"held-out bits per byte {metrics['val/bits_per_byte']:.4f}" in out and "xz" in out and "sample: " in out
-    assert last[0].startswith(f"next: python generate.py ckpt={run}") and f"python train.py resume={run}" in last[1]
+    assert last[0].startswith(f"next: python generate.py ckpt={run}") and f"python train.py ckpt={run}" in last[1]
 
 
 def test_two_runs_of_a_seed_are_equal_and_of_two_seeds_differ(finished, tmp_path):

@@ -103,7 +103,7 @@ class NativeEngine:
     def score(self, sequences: list[list[int]]) -> list[Tensor]:
         """Log-probability of each token given those before it: one (T-1,) float32 CPU tensor a sequence.
 
-        Short sequences share a forward as segments; one that is longer than prefill_chunk goes through the cache in chunks.
+        Short sequences share a forward; one that is longer than prefill_chunk goes through the cache in chunks.
 
         Raises:
             ValueError: an empty sequence or an id outside the model's vocabulary.
@@ -219,16 +219,15 @@ class NativeEngine:
         return Completion(row.new_ids, self.tokenizer.decode(shown), row.logprobs, row.finish_reason or "length")
 
     def _score_group(self, group: list[int], sequences: list[list[int]], scores: list[Tensor]) -> None:
-        """Score sequences of similar length in one forward: padding on the right is a segment of its own."""
+        """Score sequences of similar length in one forward; no token sees the padding on its right."""
         width = max(len(sequences[index]) for index in group) - 1
         ids = torch.zeros(len(group), width, dtype=torch.int64)
-        following, segments = torch.zeros_like(ids), torch.ones_like(ids, dtype=torch.int32)
+        following = torch.zeros_like(ids)
         for row, index in enumerate(group):
             sequence = torch.tensor(sequences[index])
             ids[row, : len(sequence) - 1], following[row, : len(sequence) - 1] = sequence[:-1], sequence[1:]
-            segments[row, : len(sequence) - 1] = 0
         with self._quiet():
-            hidden = self.model(Batch(ids, segment_ids=segments).to(self.device)).hidden  # (B, T, D)
+            hidden = self.model(Batch(ids).to(self.device)).hidden  # (B, T, D)
             found = self._logprobs(hidden.flatten(0, 1), following.flatten().to(self.device)).view(ids.shape)
         for row, index in enumerate(group):
             scores[index] = found[row, : len(sequences[index]) - 1].cpu()

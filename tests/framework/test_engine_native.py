@@ -20,7 +20,7 @@ from framework.overrides import CONF
 
 TOKENIZER = bytes_tokenizer()
 EOT = TOKENIZER.eot_id
-PROMPTS = [[EOT, *text.encode()] for text in ("", "a", "hello", "world", "the quick brown fox", "hello", "x" * 40)]
+PROMPTS = [[EOT, *text.encode()] for text in ("", "a", "hello", "hello", "the quick brown fox", "world", "x" * 40)]
 
 
 class MeanState:
@@ -145,6 +145,20 @@ def test_real_models_equal_the_uncached_definition(name, params):
         assert completion.token_ids == chosen.tolist()
         assert torch.allclose(torch.tensor(completion.logprobs), logprobs, rtol=1e-4, atol=1e-4)  # fp32 logits of size 10 to 100
         assert torch.allclose(native.score([ids])[0][begin - 1 :], logprobs, rtol=1e-4, atol=1e-4)
+
+
+def test_rows_of_a_real_model_that_join_late_have_room():
+    """A cache without a window is as long as the longest prompt needs; rows that join when that one is far along need no more."""
+    torch.manual_seed(0)
+    real = build_model(compose("train", ["model=phi4mini", "model/size=test", "data.seq_len=64"]), TOKENIZER.vocab_size).eval()
+    prompts = [[EOT, *b"much longer than all the others"], *([EOT, *f"{n}".encode()] for n in range(20))]
+    native = engine(real, max_batch=3)
+    native.stop_ids = set(range(0, real.vocab_size, 20))  # rows end at random, so that others join at all times
+    together = native.generate(prompts, SAMPLE)
+    assert {completion.finish_reason for completion in together} == {"stop", "length"}
+    wide = engine(real, max_batch=32)
+    wide.stop_ids = native.stop_ids
+    assert [c.token_ids for c in together] == [c.token_ids for c in wide.generate(prompts, SAMPLE)]
 
 
 def test_a_row_does_not_depend_on_what_comes_after_it_or_on_the_batch_size(model):

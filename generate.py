@@ -1,6 +1,7 @@
 """Generate: `python generate.py [group=option ...] [key=value ...]`; `python generate.py --help` lists them."""
 
 import sys
+from pathlib import Path
 
 import hydra
 from omegaconf import DictConfig
@@ -8,7 +9,7 @@ from omegaconf import DictConfig
 from framework import entry, resolvers
 
 
-@hydra.main(version_base="1.3", config_path="conf", config_name="generate")
+@hydra.main(version_base="1.3", config_path=str(Path(__file__).resolve().parent / "conf"), config_name="generate")
 def application(config: DictConfig) -> float | None:
     from framework.run import generate
 

@@ -1,6 +1,7 @@
 """Train: `python train.py [group=option ...] [key=value ...]`; `python train.py --help` lists them."""
 
 import sys
+from pathlib import Path
 
 import hydra
 from omegaconf import DictConfig
@@ -8,7 +9,7 @@ from omegaconf import DictConfig
 from framework import entry, resolvers
 
 
-@hydra.main(version_base="1.3", config_path="conf", config_name="train")
+@hydra.main(version_base="1.3", config_path=str(Path(__file__).resolve().parent / "conf"), config_name="train")
 def application(config: DictConfig) -> float | None:
     from framework.run import train
 

@@ -46,7 +46,9 @@ class Batch:
 
     def to(self, device: torch.device | str, non_blocking: bool = False) -> Batch:
         """Return the same batch with every tensor on `device`."""
-        moved = {f.name: v.to(device, non_blocking=non_blocking) for f in fields(self) if isinstance(v := getattr(self, f.name), Tensor)}
+        moved: dict[str, Any] = {
+            f.name: v.to(device, non_blocking=non_blocking) for f in fields(self) if isinstance(v := getattr(self, f.name), Tensor)
+        }
         return replace(self, **moved)
 
 
@@ -115,6 +117,10 @@ class Model(Protocol):
 
     def roles(self) -> dict[str, Role]:
         """Role of every parameter by its name in named_parameters(): read by optimizers, adapters, sharding and accounting."""
+        ...
+
+    def fused_splits(self) -> dict[str, list[int]]:
+        """Rows of each block of the matrices that are stored fused, by parameter name."""
         ...
 
     def set_rope(self, spec: RopeSpec) -> None: ...
@@ -196,6 +202,7 @@ class NamedParameter:
     name: str
     parameter: nn.Parameter
     role: Role
+    splits: tuple[int, ...] = ()  # rows of each block when the matrix is stored fused (qkv, gate_up); () when it is not
 
 
 class OptimizerFactory(Protocol):

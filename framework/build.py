@@ -6,10 +6,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from omegaconf import DictConfig, ListConfig, OmegaConf, open_dict
+from omegaconf import DictConfig, OmegaConf, open_dict
 from omegaconf.errors import OmegaConfBaseException
 
-from components.contracts import Data, Model, NamedParameter, Tokenizer, UserError
+from components.contracts import Data, Tokenizer, UserError
 from framework import resolvers
 from framework.overrides import config_loader, explain, first_line
 from framework.signatures import check_node
@@ -17,6 +17,7 @@ from framework.validate import problems
 
 if TYPE_CHECKING:
     import torch
+    from torch import nn
 
 HEAD_MULTIPLE = 64  # head rows are padded to this: tidy shapes for matrix units, as in the published models
 
@@ -34,7 +35,7 @@ def compose(config_name: str, overrides: list[str] | None = None) -> DictConfig:
 
     Args:
         config_name: "train" or "generate".
-        overrides: words of the command line, e.g. ["model=phi4mini", "model/size=test"].
+        overrides: words of the command line, e.g. ["model/size=test", "seed=7"].
 
     Raises:
         ConfigErrors: with every problem found.
@@ -77,7 +78,7 @@ def all_problems(config_name: str, overrides: list[str], error: Exception) -> li
 
 def detach(config: DictConfig) -> None:
     """Give `paths.output_dir` a value where no Hydra application runs to say it."""
-    if "hydra:" in str(OmegaConf.to_container(config.paths)["output_dir"]):
+    if OmegaConf.is_interpolation(config.paths, "output_dir"):
         config.paths.output_dir = str(Path(config.paths.root) / "unnamed")
 
 
@@ -88,7 +89,7 @@ def check(config: DictConfig) -> dict[str, Any]:
         ConfigErrors: with every problem found.
     """
     try:
-        resolved = OmegaConf.to_container(config, resolve=True, throw_on_missing=True)
+        resolved: Any = OmegaConf.to_container(config, resolve=True, throw_on_missing=True)
     except OmegaConfBaseException as error:
         raise ConfigErrors([missing_or_broken(error)]) from error
     lines = problems(resolved)
@@ -105,8 +106,13 @@ def missing_or_broken(error: OmegaConfBaseException) -> str:
     return f"{key}: {first_line(error)}"
 
 
-def build(node: DictConfig | dict[str, Any] | None, *args: Any, **runtime: Any) -> Any:
-    """Instantiate one node; None for an empty one. Lists and dicts arrive as plain Python.
+def plain(node: Any) -> Any:
+    """A configuration node as plain dicts and lists, resolved; other values as they are."""
+    return OmegaConf.to_container(node, resolve=True) if OmegaConf.is_config(node) else node
+
+
+def build(node: DictConfig | dict[str, Any] | None, *args: Any, path: str | None = None, **runtime: Any) -> Any:
+    """Instantiate one node; None for an empty one. Lists and dicts arrive as plain Python. path: of the node, for messages.
 
     Raises:
         UserError: the node's target is not allowed or its arguments do not fit.
@@ -116,12 +122,11 @@ def build(node: DictConfig | dict[str, Any] | None, *args: Any, **runtime: Any) 
 
     if not node:
         return None
-    plain = OmegaConf.to_container(node, resolve=True) if isinstance(node, (DictConfig, ListConfig)) else dict(node)
-    path = str(getattr(node, "_get_full_key", lambda _: "")(None)) or "config"
-    if lines := check_node(path, plain):
+    path = path or (str(node._get_full_key(None)) if isinstance(node, DictConfig) else "") or "config"
+    if lines := check_node(path, plain(node)):
         raise ConfigErrors(lines)
     try:
-        return hydra.utils.instantiate(plain, *args, _convert_="all", **runtime)
+        return hydra.utils.instantiate(plain(node), *args, _convert_="all", **runtime)
     except InstantiationException as error:
         cause = error.__cause__
         if isinstance(cause, UserError):
@@ -136,24 +141,22 @@ def build_data(config: DictConfig) -> Data:
     return build(config.data)
 
 
-def build_model(config: DictConfig, vocab_size: int) -> Model:
-    """The model with its RoPE rule. vocab_size: ids of the tokenizer; a null model.vocab_size becomes its next multiple of 64."""
-    runtime: dict[str, Any] = {"rope": build(config.rope)}
-    if config.model.vocab_size is None:
-        runtime["vocab_size"] = -(-vocab_size // HEAD_MULTIPLE) * HEAD_MULTIPLE
-    elif config.model.vocab_size < vocab_size:
-        raise UserError(f"model.vocab_size: {config.model.vocab_size} is below the tokenizer's {vocab_size} ids; use null to follow it")
-    node = OmegaConf.to_container(config.model, resolve=True)
-    return build(node | runtime if "vocab_size" in runtime else node, rope=runtime["rope"])
+def build_model(config: DictConfig, vocab_size: int) -> Any:
+    """The model (an nn.Module with the `Model` contract) with its RoPE rule. vocab_size: ids of the tokenizer; a null
+    model.vocab_size becomes its next multiple of 64."""
+    node = plain(config.model)
+    if node["vocab_size"] is None:
+        node["vocab_size"] = -(-vocab_size // HEAD_MULTIPLE) * HEAD_MULTIPLE
+    elif node["vocab_size"] < vocab_size:
+        raise UserError(f"model.vocab_size: {node['vocab_size']} is below the tokenizer's {vocab_size} ids; use null to follow it")
+    return build(node, rope=build(config.rope), path="model")
 
 
-def build_optimizer(config: DictConfig, model: Model) -> torch.optim.Optimizer:
+def build_optimizer(config: DictConfig, model: nn.Module) -> torch.optim.Optimizer:
     """One optimizer object over the trainable parameters, grouped by their roles."""
-    from components.adapters.base import parameter_roles
+    from components.optim.groups import named_parameters
 
-    roles = parameter_roles(model)
-    trainable = [NamedParameter(n, p, roles[n]) for n, p in model.named_parameters() if p.requires_grad]
-    return build(config.optimizer)(trainable)
+    return build(config.optimizer)(named_parameters(model))
 
 
 @dataclass
@@ -161,10 +164,37 @@ class Run:
     """A trained run, loaded: configuration, model with its weights (adapter applied), tokenizer, folder, optimizer step of the weights."""
 
     cfg: DictConfig
-    model: Model
+    model: Any  # nn.Module and Model of the contract
     tokenizer: Tokenizer
     path: Path
     step: int
+
+
+def run_folder(path: Path) -> Path:
+    """The run directory of a `ckpt=` path, which is that directory or a checkpoint file in it.
+
+    Raises:
+        UserError: it is neither.
+    """
+    folder = path if path.is_dir() else path.parent.parent
+    if not (folder / "config.yaml").is_file():
+        raise UserError(f"ckpt: {str(path)!r} is not a run; a run directory holds config.yaml and checkpoints/")
+    return folder
+
+
+def read_config(run: Path) -> DictConfig:
+    """The configuration that a run stored.
+
+    Raises:
+        UserError: it cannot be read.
+    """
+    try:
+        config = OmegaConf.load(run / "config.yaml")
+    except Exception as error:  # YAML has many ways to be broken
+        raise UserError(f"{run / 'config.yaml'}: cannot be read ({first_line(error)})") from error
+    if not isinstance(config, DictConfig):
+        raise UserError(f"{run / 'config.yaml'}: is not the configuration of a run")
+    return config
 
 
 def load_run(path: str | Path, changes: dict[str, Any] | None = None) -> Run:
@@ -183,14 +213,9 @@ def load_run(path: str | Path, changes: dict[str, Any] | None = None) -> Run:
     path = Path(path)
     if not path.exists():
         raise UserError(f"ckpt: {str(path)!r} does not exist; give a run directory or a checkpoint file")
-    folder = path if path.is_dir() else path.parent.parent
-    if not (folder / "config.yaml").is_file():
-        raise UserError(f"ckpt: {str(path)!r} is not a run; a run directory holds config.yaml and checkpoints/")
+    folder = run_folder(path)
     file = path if path.is_file() else newest_checkpoint(path)
-    try:
-        config = OmegaConf.load(folder / "config.yaml")
-    except Exception as error:  # YAML has many ways to be broken
-        raise UserError(f"{folder / 'config.yaml'}: cannot be read ({first_line(error)})") from error
+    config = read_config(folder)
     with open_dict(config):
         for key, value in (changes or {}).items():
             if value is not None:

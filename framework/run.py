@@ -47,18 +47,17 @@ def start(config: DictConfig, run_dir: Path, resuming: bool) -> float | None:
 def resume(config: DictConfig, run_dir: Path) -> float | None:
     """Continue a run with its own configuration plus the overrides typed now."""
     state = read_state(run_dir)
-    saved_file = run_dir / "config.yaml"
-    if not saved_file.is_file():
+    if not (run_dir / "config.yaml").is_file():
         raise UserError(f"resume: {str(run_dir)!r} stopped before it had a configuration; start it again")
-    saved = OmegaConf.load(saved_file)
+    saved = build.read_config(run_dir)
     changed = lay_over(saved, config, HydraConfig.get().overrides.task)
-    steps = int(saved.trainer.max_steps)
-    if state.get("status") == "done" and state.get("step", 0) >= steps:
-        print(f"{run_dir} is finished (step {state.get('step')} of {steps}); nothing to resume. Use it: python generate.py ckpt={run_dir}")
-        return None
     if changed and not config.resume_force:
         keys = ", ".join(changed)
         raise UserError(f"resume: {keys} would change the numbers of {run_dir}; drop it, or add resume_force=true to continue inexactly")
+    step, steps = state.get("step", 0), int(saved.trainer.max_steps)
+    if state.get("status") == "done" and step >= steps:
+        print(f"{run_dir} is finished (step {step} of {steps}); nothing to resume. Use it: python generate.py ckpt={run_dir}")
+        return None
     build.check(saved)
     return start(saved, run_dir, resuming=True)
 
@@ -71,12 +70,10 @@ def lay_over(saved: DictConfig, composed: DictConfig, overrides: list[str]) -> l
             key = word.lstrip("+~").partition("=")[0].replace("/", ".")
             if key in ("resume", "resume_force", "name"):
                 continue
-            value = OmegaConf.select(composed, key)
-            plain = OmegaConf.to_container(value, resolve=True) if OmegaConf.is_config(value) else value
-            before = OmegaConf.select(saved, key)
-            if key.split(".")[0] not in FREE_ON_RESUME and plain != (OmegaConf.to_container(before) if OmegaConf.is_config(before) else before):
-                changed.append(f"{key}={plain if not isinstance(plain, dict) else '...'}")
-            OmegaConf.update(saved, key, plain, merge=False, force_add=True)
+            typed, before = build.plain(OmegaConf.select(composed, key)), build.plain(OmegaConf.select(saved, key))
+            if key.split(".")[0] not in FREE_ON_RESUME and typed != before:
+                changed.append(key if isinstance(typed, dict) else f"{key}={typed}")
+            OmegaConf.update(saved, key, typed, merge=False, force_add=True)
     return changed
 
 
@@ -88,20 +85,16 @@ def inherit(config: DictConfig) -> None:
     """
     config.ckpt = str(resolve_checkpoint(config.ckpt, Path(config.paths.root)))
     folder = build.run_folder(Path(config.ckpt))
-    saved = OmegaConf.load(folder / "config.yaml")
+    saved = build.read_config(folder)
     for word in HydraConfig.get().overrides.task:
         key = word.lstrip("+~").partition("=")[0].replace("/", ".")
         if key.split(".")[0] not in ("model", "rope"):
             continue
         typed, kept = OmegaConf.select(config, key), OmegaConf.select(saved, key)
-        if plain(typed) != plain(kept) and not (OmegaConf.is_config(typed) and typed.get("_target_") == kept.get("_target_")):
+        if build.plain(typed) != build.plain(kept) and not (OmegaConf.is_config(typed) and typed.get("_target_") == kept.get("_target_")):
             raise UserError(f"{key}: {word.partition('=')[2]!r} contradicts ckpt={config.ckpt} ({short(kept)}); drop the override")
     with open_dict(config):
         config.model, config.rope = saved.model, saved.rope
-
-
-def plain(value: Any) -> Any:
-    return OmegaConf.to_container(value, resolve=True) if OmegaConf.is_config(value) else value
 
 
 def short(value: Any) -> Any:

@@ -104,7 +104,7 @@ def fits(value: Any, hint: Any, default: Any = inspect.Parameter.empty) -> bool:
         return isinstance(value, (int, float)) and not isinstance(value, bool)
     if hint is int:
         return isinstance(value, int) and not isinstance(value, bool)
-    if hint in (bool, str):
+    if hint in (bool, str, type(None)):
         return isinstance(value, hint)
     container = origin or hint
     if inspect.isclass(container) and issubclass(container, Mapping):

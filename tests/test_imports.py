@@ -58,7 +58,9 @@ def test_one_method_never_imports_another():
 
 
 def test_framework_names_no_method():
-    hits = [f"{f.relative_to(ROOT)}: {line.strip()}" for f in files("framework") for line in f.read_text().splitlines() if METHODS.search(line)]
+    hits = [
+        f"{f.relative_to(ROOT)}: {line.strip()}" for f in files("framework") for line in f.read_text().splitlines() if METHODS.search(line)
+    ]
     assert not hits, hits
 
 

@@ -8,7 +8,6 @@ from __future__ import annotations
 import difflib
 import re
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -20,17 +19,10 @@ from components.contracts import ROLES, NamedParameter, UserError
 OVERRIDE_KEYS = ("lr", "weight_decay", "kind")
 
 
-@dataclass(frozen=True)
-class FusedParameter(NamedParameter):
-    """A parameter that stacks several matrices over its rows, such as q, k and v: optimizers that see matrices treat each block alone."""
-
-    splits: tuple[int, ...] = ()  # rows of each block, in order; they sum to the first dimension
-
-
 def named_parameters(model: nn.Module) -> list[NamedParameter]:
     """List what the optimizer may change: every parameter with requires_grad, tied ones once, with its role.
 
-    A model may offer `fused_splits() -> {parameter name: sizes}`, the rows of each block; such parameters come as FusedParameter.
+    A model may offer `fused_splits() -> {parameter name: sizes}`, the rows of each block; they become `NamedParameter.splits`.
     Raises UserError when nothing is trainable, ValueError when a trainable parameter has no role.
     """
     roles = parameter_roles(model)
@@ -41,10 +33,7 @@ def named_parameters(model: nn.Module) -> list[NamedParameter]:
             continue
         if name not in roles:
             raise ValueError(f"{type(model).__name__}.roles() does not name the trainable parameter {name!r}")
-        if name in splits:
-            listed.append(FusedParameter(name, parameter, roles[name], tuple(splits[name])))
-        else:
-            listed.append(NamedParameter(name, parameter, roles[name]))
+        listed.append(NamedParameter(name, parameter, roles[name], tuple(splits.get(name, ()))))
     if not listed:
         raise UserError("adapter: nothing is trainable; choose an adapter that adds parameters, or adapter=none to train the whole model")
     return listed

@@ -15,7 +15,7 @@ from torch import Tensor
 from torch.optim.adam import adam
 
 from components.contracts import NamedParameter, UserError
-from components.optim.groups import FusedParameter, build_groups, check_betas, check_positive, check_roles
+from components.optim.groups import build_groups, check_betas, check_positive, check_roles
 from kernels.newton_schulz import newton_schulz
 
 NS_DTYPES = {"auto": None, "bfloat16": torch.bfloat16, "float32": torch.float32, "float64": torch.float64}
@@ -26,7 +26,7 @@ class Muon(torch.optim.Optimizer):
     """W -= lr * scale(m, n) * NS(momentum) for matrices (m, n) after W *= 1 - lr * weight_decay; AdamW for every other parameter.
 
     Momentum is an average, B <- momentum * B + (1 - momentum) * G, as in torch.optim.Muon; with Nesterov the step uses
-    (1 - momentum) * G + momentum * B. A FusedParameter is orthogonalised and scaled block by block.
+    (1 - momentum) * G + momentum * B. A parameter with `splits` is orthogonalised and scaled block by block.
 
     parameters: what `components.optim.groups.named_parameters` lists.
     lr: peak rate of the matrices. momentum: in [0, 1). nesterov: look one step ahead. weight_decay: of both kinds.
@@ -227,7 +227,7 @@ def _add_splits(groups: list[dict[str, Any]], parameters: Sequence[NamedParamete
             item = by_name[name]
             if item.parameter.ndim < 2:
                 raise UserError(f"optimizer.overrides: kind muon for {name} of shape {tuple(item.parameter.shape)}; Muon needs a matrix")
-            splits = list(item.splits) if isinstance(item, FusedParameter) else []
+            splits = list(item.splits)
             if splits and (item.parameter.ndim != 2 or sum(splits) != item.parameter.shape[0]):
                 raise ValueError(f"{name}: fused splits {splits} do not add up to the rows of shape {tuple(item.parameter.shape)}")
             group["splits"].append(splits)

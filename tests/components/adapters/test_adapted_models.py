@@ -7,7 +7,7 @@ import torch
 
 from components.adapters.base import adapter_layers, disabled, merge, parameter_roles, unmerge
 from components.contracts import Batch
-from components.optim.groups import FusedParameter, describe, named_parameters
+from components.optim.groups import describe, named_parameters
 from framework.build import build, build_model, compose
 
 MODELS = ["samba", "phi4mini"]
@@ -103,7 +103,7 @@ def test_muon_takes_the_hidden_matrices_block_by_block(model):
     assert kind.keys() == dict(network.named_parameters()).keys()
     for name, role in network.roles().items():
         assert kind[name] == ("muon" if role in config.optimizer.matrix_roles else "adamw"), name
-    fused = {p.name: p.splits for p in named_parameters(network) if isinstance(p, FusedParameter)}
+    fused = {p.name: p.splits for p in named_parameters(network) if p.splits}
     roles = network.roles()
     assert {roles[name] for name in fused} >= {"qkv", "gate_up"}
     assert all(sum(splits) == network.get_parameter(name).shape[0] for name, splits in fused.items())

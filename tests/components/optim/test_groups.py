@@ -9,7 +9,7 @@ from torch import nn
 from components.adapters.lora import LoRA
 from components.contracts import NamedParameter, UserError
 from components.optim.adamw import adamw
-from components.optim.groups import FusedParameter, check_roles, describe, named_parameters
+from components.optim.groups import check_roles, describe, named_parameters
 from components.optim.muon import Muon
 from tests.components.optim.helpers import ADAMW, MUON, TinyModel
 
@@ -23,7 +23,7 @@ def test_every_trainable_parameter_is_listed_once_with_role_and_splits():
     listed = {p.name: p for p in named_parameters(model)}
     assert {name: p.role for name, p in listed.items()} == model.roles()
     assert "head.weight" not in listed  # tied to the embedding
-    assert listed["mixer.qkv_proj.weight"] == FusedParameter("mixer.qkv_proj.weight", model.mixer["qkv_proj"].weight, "qkv", (8, 4, 4))
+    assert listed["mixer.qkv_proj.weight"] == NamedParameter("mixer.qkv_proj.weight", model.mixer["qkv_proj"].weight, "qkv", (8, 4, 4))
     assert type(listed["norm.weight"]) is NamedParameter
 
 

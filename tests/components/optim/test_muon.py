@@ -9,7 +9,7 @@ import torch
 from torch import nn
 
 from components.contracts import NamedParameter, UserError
-from components.optim.groups import FusedParameter, named_parameters
+from components.optim.groups import named_parameters
 from components.optim.muon import Muon
 from kernels.newton_schulz.reference import newton_schulz as reference
 from tests.components.optim.helpers import MUON, TinyModel, train
@@ -67,7 +67,7 @@ def test_equals_torch_muon_in_bfloat16():
 def test_two_steps_by_hand_in_float64():
     rows = [4, 2, 2]
     weight = torch.randn(8, 6, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
-    item = FusedParameter("qkv", nn.Parameter(weight.clone()), "qkv", tuple(rows))
+    item = NamedParameter("qkv", nn.Parameter(weight.clone()), "qkv", tuple(rows))
     optimizer = Muon([item], **{**MUON, "ns_dtype": "float64", "lr": 0.1, "momentum": 0.9})
     momentum = torch.zeros_like(weight)
     for step in range(2):
@@ -98,7 +98,7 @@ def test_fused_blocks_equal_separate_matrices():
     qkv = whole.mixer["qkv_proj"].weight
     for item, block in zip(parts, qkv.detach().split([8, 4, 4]), strict=True):
         item.parameter.data.copy_(block)
-    fused = Muon([FusedParameter("qkv", qkv, "qkv", (8, 4, 4))], **{**MUON, "ns_dtype": "float32"})
+    fused = Muon([NamedParameter("qkv", qkv, "qkv", (8, 4, 4))], **{**MUON, "ns_dtype": "float32"})
     apart = Muon(parts, **{**MUON, "ns_dtype": "float32"})
     for step in range(3):
         set_grads([qkv], step)
@@ -240,4 +240,4 @@ def test_overrides_move_a_matrix_to_adamw():
 
 def test_wrong_splits_are_a_fault_of_the_model():
     with pytest.raises(ValueError, match="do not add up"):
-        Muon([FusedParameter("w", nn.Parameter(torch.zeros(4, 2)), "qkv", (3, 2))], **MUON)
+        Muon([NamedParameter("w", nn.Parameter(torch.zeros(4, 2)), "qkv", (3, 2))], **MUON)

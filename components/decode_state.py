@@ -215,7 +215,9 @@ class DecodeState:
     def select(self, rows: Tensor) -> DecodeState:
         """Copy the given rows, (R,) int64 or (B,) bool, in their order."""
         index = rows.nonzero().squeeze(1) if rows.dtype == torch.bool else rows
-        return self._map_rows(lambda t: t.index_select(0, index))
+        chosen = self._map_rows(lambda t: t.index_select(0, index))
+        chosen._longest = int(chosen.length.max()) if chosen.batch_size else 0  # the longest row may not be among them
+        return chosen
 
     def reset(self, rows: Tensor) -> None:
         """Forget the given rows, (R,) int64 or (B,) bool, in place."""

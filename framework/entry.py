@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import errno
 import os
+import re
 import shutil
 import sys
 import traceback
@@ -23,6 +24,7 @@ from omegaconf.errors import OmegaConfBaseException
 from framework.runs import STATE_FILE
 
 Job = Callable[[DictConfig], Any]
+FREE_TEXT = ("prompt", "samples.prompt")  # keys whose value is a person's text, taken as it is typed
 
 
 class Outcome:
@@ -33,7 +35,7 @@ class Outcome:
 
 def run_app(application: Callable[[], Any], config_name: str, argv: list[str] | None) -> int:
     """Run a `@hydra.main` function on the words `argv` (default: the command line) and return the exit code."""
-    words = list(sys.argv[1:] if argv is None else argv)
+    words = [quoted(word) for word in (sys.argv[1:] if argv is None else argv)]
     saved, previous = sys.argv, os.environ.get("HYDRA_FULL_ERROR")
     sys.argv = [f"{config_name}.py", *words]
     os.environ["HYDRA_FULL_ERROR"] = "1"  # hydra then raises instead of printing and exiting
@@ -45,6 +47,9 @@ def run_app(application: Callable[[], Any], config_name: str, argv: list[str] | 
     except KeyboardInterrupt:
         print("interrupted", file=sys.stderr)
         return 130
+    except BrokenPipeError:  # the reader of our output left, as in `| head`
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 141
     except (HydraException, OmegaConfBaseException) as error:
         return report_composition(config_name, words, error)
     except Exception as error:
@@ -58,10 +63,21 @@ def run_app(application: Callable[[], Any], config_name: str, argv: list[str] | 
     return Outcome.code
 
 
+def quoted(word: str) -> str:
+    """Quote the value of a free-text key for Hydra's grammar, so that commas, brackets and equal signs need no care."""
+    key, _, value = word.partition("=")
+    if key not in FREE_TEXT or value == "null" or (len(value) > 1 and value[0] == value[-1] and value[0] in "'\""):
+        return word
+    value = re.sub(r"(\\*)('|$)", lambda m: m[1] * 2 + ("\\'" if m[2] else ""), value)  # backslashes count only before a quote
+    return f"{key}='{value.replace('${', chr(92) + '${')}'"
+
+
 def run_job(job: Job, config: DictConfig) -> Any:
     """Run one job inside Hydra. In a single run the error is reported here, so that Hydra adds nothing; in a sweep it goes on to Hydra."""
     try:
         return job(config)
+    except BrokenPipeError:
+        raise
     except (Exception, KeyboardInterrupt) as error:
         Outcome.code = report(error, bool(config.get("traceback")))
         remove_empty_run()

@@ -182,8 +182,8 @@ class Renderer:
         self._tokenizer = run.tokenizer
         self.chat = hasattr(locate(run.cfg.data._target_, (*ALLOWED, *run.cfg.allow_targets)), "render")
         if self.chat:
-            self._data = build_data(run.cfg)
-            self._data.prepare(context.cache_dir, run.tokenizer)
+            self._data: Any = build_data(run.cfg)
+            self._data.tokenizer = run.tokenizer  # rendering needs no more; the data themselves may be gone
 
     def __call__(self, given: str | list[dict[str, str]], where: str = "prompt") -> list[int]:
         """Ids of a text, or of messages {role, content}. Raises UserError, beginning with `where`, for what the run cannot read."""
@@ -192,7 +192,7 @@ class Renderer:
                 return [self._tokenizer.eot_id, *self._tokenizer.encode(given)]
             raise UserError(f"{where}: 'messages' need a run that was trained on conversations (data=chat); give a 'prompt' instead")
         try:
-            return cast(Any, self._data).render([{"role": "user", "content": given}] if isinstance(given, str) else given)
+            return self._data.render([{"role": "user", "content": given}] if isinstance(given, str) else given)
         except UserError as error:
             raise UserError(f"{where}: {error}") from error
 

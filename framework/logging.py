@@ -28,6 +28,11 @@ def say(line: str) -> None:
     log.info(line)
 
 
+def say_text(title: str, text: str) -> None:
+    """A title, and text of several lines set off below it."""
+    say("\n".join([title, *("  | " + line for line in text.rstrip().splitlines())]))
+
+
 def masked(node: Any) -> Any:
     """A copy of plain containers in which values that look like secrets by their key are replaced."""
     if isinstance(node, Mapping):

@@ -112,7 +112,7 @@ def resolve_checkpoint(ckpt: str | None, root: Path) -> Path:
         if not path.exists():
             raise UserError(f"ckpt: {ckpt!r} does not exist; give a run directory, a checkpoint file, last or best")
         return path
-    found = newest_run(root)
+    found = newest_run(root, trained=True)
     if found is None:
         raise UserError(f"no trained run under {root}/; train one first: python train.py")
     if ckpt == "best":

@@ -30,11 +30,12 @@ def write_state(run: Path, **changes: Any) -> dict[str, Any]:
     return state
 
 
-def newest_run(root: Path, unfinished: bool = False) -> Path | None:
-    """The most recently created run below `root` (any depth), optionally only among those that can be continued."""
+def newest_run(root: Path, unfinished: bool = False, trained: bool = False) -> Path | None:
+    """The most recently created run below `root` (any depth). unfinished: that can be continued; trained: that has a checkpoint."""
     found = []
     for file in root.glob(f"**/{STATE_FILE}"):
         state = read_state(file.parent)
-        if state.get("created") and not (unfinished and state.get("status") == "done"):
+        passed_over = (unfinished and state.get("status") == "done") or (trained and not state.get("last_checkpoint"))
+        if state.get("created") and not passed_over:
             found.append((str(state["created"]), file.parent))
     return max(found)[1] if found else None

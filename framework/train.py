@@ -42,7 +42,7 @@ from framework.checkpoint import (
 )  # fmt: skip
 from framework.datamodule import StreamDataModule
 from framework.estimate import count_parameters, estimate
-from framework.logging import LocalLogger, RunLogger, masked, read_rows, say, write_summary, write_whole
+from framework.logging import LocalLogger, RunLogger, masked, read_rows, say, say_text, write_summary, write_whole
 from framework.plots import loss_curve
 from framework.runs import read_state, write_state
 
@@ -159,7 +159,7 @@ class Session:
         self.ema = Ema(config.ema.decay) if config.ema.enabled else None
         saver = Checkpoints(self.run_dir, **config.checkpoint, clock=self.clock, rows=self.rows)
         weights = self.ema.applied if self.ema else None
-        self.samples = Samples(config.samples.every_steps, self.write_sample, say, self.clock, weights)
+        self.samples = Samples(config.samples.every_steps, self.write_sample, say_text, self.clock, weights)
         exact, guard, progress = ExactState(), NanGuard(self.run_dir), ProgressLine(self.rows, config.progress.every_seconds)
         stop = StopOnSignal(self.signals, saver, lambda step, path: f"Go on with: python train.py resume={self.run_dir}")
         averaging = [self.ema] if self.ema else []
@@ -293,6 +293,6 @@ class Session:
         speed = f"{metrics.get('perf/tokens_per_second', 0.0):,.0f} tokens/s"
         used = f", {metrics['perf/mfu']:.1%} of {self.peak_source}" if "perf/mfu" in metrics else ""
         say(result + (f" (simple models of the same bytes: {others})" if others else ""))
-        say(f"sample: {self.samples.sample(self.task)}")
+        say_text("sample:", self.samples.sample(self.task))
         say(f"{metrics['tokens']:,.0f} tokens in {metrics['seconds']:.0f} s ({speed}{used}); results in {self.run_dir}")
         return metrics

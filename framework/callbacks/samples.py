@@ -25,7 +25,7 @@ class Samples(StepCallback):
         self,
         every_steps: int,
         write: Callable[[], str],
-        show: Callable[[str], None],
+        show: Callable[[str, str], None],
         clock: Throughput,
         weights: WeightsContext | None = None,
     ) -> None:
@@ -33,7 +33,7 @@ class Samples(StepCallback):
         Args:
             every_steps: optimizer steps; 0: never.
             write: produces a sample.
-            show: prints it.
+            show: prints a title and the sample.
             clock: paused meanwhile.
             weights: context in which the model has the weights to sample from (the average, where there is one).
         """
@@ -45,7 +45,7 @@ class Samples(StepCallback):
 
     def on_step_end(self, trainer: pl.Trainer, module: pl.LightningModule, step: int) -> None:
         if self.every_steps and step % self.every_steps == 0 and step < trainer.max_steps and trainer.is_global_zero:
-            self.show(f"sample at step {step}: {self.sample(module)}")
+            self.show(f"sample at step {step}:", self.sample(module))
 
     def sample(self, module: pl.LightningModule) -> str:
         """One sample from the current weights."""

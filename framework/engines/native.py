@@ -287,9 +287,7 @@ def _unfinished(rows: list[Row], state: DecodeState) -> tuple[list[Row], DecodeS
         return rows, state
     if not kept:
         return [], None
-    state = state.select(torch.tensor(kept, device=state.length.device))
-    state.reset(state.length < 0)  # no row; makes the state count anew how long its longest row is
-    return [rows[index] for index in kept], state
+    return [rows[index] for index in kept], state.select(torch.tensor(kept, device=state.length.device))
 
 
 def _join(states: list[Any]) -> Any:

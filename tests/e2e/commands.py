@@ -14,13 +14,14 @@ ROOT = Path(__file__).resolve().parents[2]
 SMALL = ["model/size=test", "data=text", "data.seq_len=64", "data.batch_size=4", "data.tokenizer.kind=bytes"]
 
 
-def environment() -> dict[str, str]:
-    """One thread, no network, offline W&B: what a laptop without accounts has."""
-    keep = {k: v for k, v in os.environ.items() if not k.startswith(("WANDB_", "HYDRA_", "PL_"))}
-    return keep | {"OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1", "PYTHONUNBUFFERED": "1", "COLUMNS": "200"}
+def environment(threads: int | None) -> dict[str, str]:
+    """No network, offline W&B: what a laptop without accounts has. threads: None for the default."""
+    keep = {k: v for k, v in os.environ.items() if not k.startswith(("WANDB_", "HYDRA_", "PL_", "OMP_"))}
+    pinned = {} if threads is None else {"OMP_NUM_THREADS": str(threads)}
+    return keep | pinned | {"HF_HUB_OFFLINE": "1", "PYTHONUNBUFFERED": "1", "COLUMNS": "200"}
 
 
-def start(folder: Path, *words: str, script: str = "train.py", code: str | None = None) -> subprocess.Popen:
+def start(folder: Path, *words: str, script: str = "train.py", code: str | None = None, threads: int | None = 1) -> subprocess.Popen:
     """Start `python train.py WORDS` (or a line of Python that calls it) with `folder` as the place of all its output."""
     command = [sys.executable, "-c", code] if code else [sys.executable, str(ROOT / script)]
     paths = [f"paths.root={folder / 'outputs'}", f"paths.cache_dir={folder / 'cache'}"]

@@ -1,0 +1,40 @@
+"""Every command that the README and the help texts show is accepted, and the Python example runs."""
+
+import re
+import shlex
+
+import pytest
+from commands import ROOT
+
+from framework.build import ConfigErrors, compose
+
+README = (ROOT / "README.md").read_text()
+SOURCES = [README, (ROOT / "conf/train.yaml").read_text(), (ROOT / "conf/generate.yaml").read_text()]
+COMMANDS = sorted({m[0].split("  ")[0].strip() for text in SOURCES for m in re.finditer(r"python (train|generate)\.py[^`\n#]*", text)})
+
+
+@pytest.mark.parametrize("command", COMMANDS)
+def test_command_is_accepted(command):
+    words = shlex.split(command.replace("...", ""))[1:]
+    script, words = words[0].removesuffix(".py"), [w for w in words[1:] if not w.startswith("-")]
+    if any("," in w and not w.startswith(("prompt", "data.path")) for w in words):  # a sweep: each value on its own
+        words = [w.split(",")[0] for w in words]
+    try:
+        compose(script, words)
+    except ConfigErrors as error:
+        raise AssertionError(f"{command}: {error}") from error
+
+
+def test_python_example_runs():
+    (example,) = re.findall(r"```python\n(.*?)```", README, re.DOTALL)
+    scope: dict = {}
+    exec(example, scope)
+    assert scope["model"].vocab_size == 320
+
+
+def test_every_option_is_in_the_readme():
+    from framework.overrides import group_options
+
+    for group in ("model", "rope", "optimizer", "adapter", "schedule", "data", "decode"):
+        for option in group_options(group):
+            assert re.search(rf"\b{option}\b", README), f"{group}={option} is not in the README"

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -93,9 +94,21 @@ def check(config: DictConfig) -> dict[str, Any]:
     except OmegaConfBaseException as error:
         raise ConfigErrors([missing_or_broken(error)]) from error
     lines = problems(resolved)
+    if len(lines) > 1:  # a value that follows another key is wrong because that one is
+        following = tuple(f"{path}:" for path in interpolated(OmegaConf.to_container(config)))
+        lines = [line for line in lines if not line.startswith(following)] or lines
     if lines:
         raise ConfigErrors(lines)
     return resolved
+
+
+def interpolated(node: Any, path: str = "") -> Iterator[str]:
+    """Key paths of an unresolved configuration whose value is an interpolation."""
+    if isinstance(node, dict):
+        for key, value in node.items():
+            yield from interpolated(value, f"{path}.{key}" if path else str(key))
+    elif isinstance(node, str) and "${" in node:
+        yield path
 
 
 def missing_or_broken(error: OmegaConfBaseException) -> str:

@@ -7,13 +7,14 @@ import io
 import json
 import logging
 import math
-import os
 import re
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 from lightning.pytorch.loggers.logger import Logger
+
+from framework.runs import replace_file
 
 log = logging.getLogger("patchbay")
 
@@ -38,16 +39,6 @@ def masked(node: Any) -> Any:
     if isinstance(node, Mapping):
         return {k: MASK if isinstance(v, str) and SECRET.search(str(k)) else masked(v) for k, v in node.items()}
     return [masked(value) for value in node] if isinstance(node, list) else node
-
-
-def write_whole(path: Path, text: str) -> None:
-    """Replace a file's content; a kill at any moment leaves the old or the new text."""
-    temporary = path.parent / f".{path.name}.tmp"
-    with open(temporary, "w", newline="") as file:
-        file.write(text)
-        file.flush()
-        os.fsync(file.fileno())
-    os.replace(temporary, path)
 
 
 def read_rows(run: Path) -> list[dict[str, float]]:
@@ -112,7 +103,7 @@ class LocalLogger(RunLogger):
         for row in self.rows:
             self.columns += [key for key in row if key not in self.columns]
         if self.path.exists():
-            write_whole(self.path, to_csv(self.rows, self.columns))
+            replace_file(self.path, to_csv(self.rows, self.columns))
 
     def log_metrics(self, metrics: Mapping[str, float], step: int | None = None) -> None:
         """Append a row; with a new column the file is written anew."""
@@ -121,7 +112,7 @@ class LocalLogger(RunLogger):
         new = [key for key in row if key not in self.columns]
         if new or not self.path.exists():
             self.columns += new
-            write_whole(self.path, to_csv(self.rows, self.columns))
+            replace_file(self.path, to_csv(self.rows, self.columns))
             return
         with open(self.path, "a", newline="") as file:
             csv.DictWriter(file, self.columns, lineterminator="\n").writerow({key: cell(key, value) for key, value in row.items()})
@@ -130,4 +121,4 @@ class LocalLogger(RunLogger):
 def write_summary(run_dir: Path, metrics: Mapping[str, float]) -> None:
     """metrics.json: the final numbers; what is not finite becomes null, which JSON can hold."""
     finite = {key: value if not isinstance(value, float) or math.isfinite(value) else None for key, value in metrics.items()}
-    write_whole(run_dir / JSON_FILE, json.dumps(finite, indent=2) + "\n")
+    replace_file(run_dir / JSON_FILE, json.dumps(finite, indent=2) + "\n")

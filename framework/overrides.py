@@ -21,29 +21,40 @@ CONF = Path(__file__).resolve().parent.parent / "conf"
 def explain(config_name: str, overrides: list[str]) -> tuple[list[str], list[str]]:
     """Lines for the overrides that the configuration refuses, and the overrides that it accepts.
 
-    Overrides are added one by one, choices of options first, because a value may belong to an option that an earlier word chose.
+    Choices of options come first, because a value may belong to an option that an earlier word chose; refused words are found by halving.
     """
-    chosen = sorted(overrides, key=lambda o: not is_choice(o))
-    good: list[str] = []
     lines: list[str] = []
+    good: list[str] = []
     with config_loader():
-        for override in chosen:
-            try:
-                compose(config_name, [*good, override], return_hydra_config=True)
-            except (HydraException, OmegaConfBaseException) as error:
-                lines.append(explain_one(config_name, good, override, error))
-            else:
-                good.append(override)
+        for part in ([o for o in overrides if is_choice(o)], [o for o in overrides if not is_choice(o)]):
+            sift(config_name, part, good, lines)
     return lines, good
+
+
+def sift(config_name: str, words: list[str], good: list[str], lines: list[str]) -> None:
+    """Append the acceptable words to `good`, a line for each other one to `lines`."""
+    if not words:
+        return
+    try:
+        compose(config_name, [*good, *words], return_hydra_config=True)
+    except (HydraException, OmegaConfBaseException) as error:
+        if len(words) == 1:
+            lines.append(explain_one(config_name, good, words[0], error))
+            return
+        half = len(words) // 2
+        sift(config_name, words[:half], good, lines)
+        sift(config_name, words[half:], good, lines)
+    else:
+        good.extend(words)
 
 
 def explain_one(config_name: str, good: list[str], override: str, error: Exception) -> str:
     """The line for one override, given those accepted before it."""
     key, _, value = override.lstrip("+~").partition("=")
-    if isinstance(error, OverrideParseException) or not value and "=" not in override:
+    if isinstance(error, OverrideParseException) or (not value and "=" not in override):
         return f"{override}: not an override; write key=value (quote values with spaces, '=' or commas twice: \"key='a=b'\")"
     groups = group_names()
-    if isinstance(error, MissingConfigException) or key in groups and "Could not find" in str(error):
+    if isinstance(error, MissingConfigException) or (key in groups and "Could not find" in str(error)):
         options = group_options(key)
         where = f"one of {', '.join(options)}" if options else "no such group"
         return f"{key}: {value!r} is not an option; {where}{nearest(value, options)}"
@@ -52,7 +63,7 @@ def explain_one(config_name: str, good: list[str], override: str, error: Excepti
     keys = known_keys(compose(config_name, good))
     candidates = [*groups, *keys]
     close = nearest(key, candidates) or nearest(key.rpartition(".")[2], [k.rpartition(".")[2] for k in keys])
-    if "Key" in str(error) and "is not in struct" in str(error) or "Could not override" in str(error):
+    if ("Key" in str(error) and "is not in struct" in str(error)) or "Could not override" in str(error):
         parent = key.rpartition(".")[0]
         siblings = [k.rpartition(".")[2] for k in keys if k.rpartition(".")[0] == parent]
         allowed = f"; keys of {parent}: {', '.join(siblings)}" if parent and siblings else ""

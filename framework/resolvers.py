@@ -8,7 +8,7 @@ from typing import Any
 
 from omegaconf import OmegaConf
 
-from framework.runs import newest_run
+from framework.runs import newest_run, read_state
 
 SLUG_PARTS = ("model", "model/size", "rope", "adapter", "optimizer", "data")  # choices that name a run; "none" is left out
 
@@ -26,7 +26,7 @@ def run_dir(resume: str | None, root: str, name: str, now: str, choices: Any, se
         if found is not None:
             return str(found)
     elif resume:
-        if not Path(resume).is_dir():  # hydra would create it; the run must report it instead
+        if not read_state(Path(resume)):  # not a run: hydra must neither create nor fill it; the job reports it
             return str(Path(root) / ".rejected" / now)
         return str(resume)
     return str(Path(root) / name / f"{now}_{slug(choices, seed)}")

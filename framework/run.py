@@ -19,14 +19,17 @@ FREE_ON_RESUME = ("logger", "tags", "samples", "progress", "traceback", "checkpo
 def train(config: DictConfig) -> float | None:
     """Train or continue a run; return the optimised metric."""
     run_dir = Path(config.paths.output_dir)
-    if config.resume:
-        if config.resume != "auto" and not Path(config.resume).is_dir():
-            raise UserError(f"resume: {config.resume!r} is not a directory; give a run directory such as outputs/NAME/DATE_..., or auto")
-        if read_state(run_dir):
-            return resume(config, run_dir)
-        if config.resume != "auto":
-            raise UserError(f"resume: {config.resume!r} is not a run (it has no run_state.json)")
+    if config.resume and config.ckpt:
+        raise UserError(
+            f"ckpt: {config.ckpt!r} and resume={config.resume!r} exclude each other; ckpt= starts a new run, resume= continues one"
+        )
+    if config.resume and read_state(run_dir):
+        return resume(config, run_dir)
+    if config.resume == "auto":
         print("resume=auto: no unfinished run of this name; starting a new one")
+    elif config.resume:
+        what = "is not a run (it has no run_state.json)" if Path(config.resume).is_dir() else "is not a directory"
+        raise UserError(f"resume: {config.resume!r} {what}; give a run directory such as outputs/NAME/DATE_..., or auto")
     if config.ckpt:
         inherit(config)
     build.check(config)
@@ -78,23 +81,25 @@ def lay_over(saved: DictConfig, composed: DictConfig, overrides: list[str]) -> l
 
 
 def inherit(config: DictConfig) -> None:
-    """With `ckpt=`, take model and RoPE rule from that run; refuse words that contradict it.
+    """With `ckpt=`, take model, RoPE rule and tokenizer from that run; refuse words that contradict it.
 
     Raises:
-        UserError: no such run, or an override of the model or rope differs from the run's.
+        UserError: no such run, or an override of one of them differs from the run's.
     """
     config.ckpt = str(resolve_checkpoint(config.ckpt, Path(config.paths.root)))
     folder = build.run_folder(Path(config.ckpt))
     saved = build.read_config(folder)
     for word in HydraConfig.get().overrides.task:
         key = word.lstrip("+~").partition("=")[0].replace("/", ".")
-        if key.split(".")[0] not in ("model", "rope"):
+        if key.split(".")[0] not in ("model", "rope") and not key.startswith("data.tokenizer"):
             continue
         typed, kept = OmegaConf.select(config, key), OmegaConf.select(saved, key)
         if build.plain(typed) != build.plain(kept) and not (OmegaConf.is_config(typed) and typed.get("_target_") == kept.get("_target_")):
             raise UserError(f"{key}: {word.partition('=')[2]!r} contradicts ckpt={config.ckpt} ({short(kept)}); drop the override")
     with open_dict(config):
         config.model, config.rope = saved.model, saved.rope
+        if "tokenizer" in config.data and "tokenizer" in saved.data:
+            config.data.tokenizer = saved.data.tokenizer
 
 
 def short(value: Any) -> Any:

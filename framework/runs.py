@@ -21,13 +21,22 @@ def read_state(run: Path) -> dict[str, Any]:
 def write_state(run: Path, **changes: Any) -> dict[str, Any]:
     """Merge `changes` into the run's state file; a kill at any moment leaves the old or the new file, never half of one."""
     state = {**read_state(run), **changes}
-    temporary = run / f".{STATE_FILE}.tmp"
-    with open(temporary, "w") as file:
-        json.dump(state, file, indent=2)
-        file.flush()
-        os.fsync(file.fileno())
-    os.replace(temporary, run / STATE_FILE)
+    replace_file(run / STATE_FILE, json.dumps(state, indent=2) + "\n")
     return state
+
+
+def replace_file(path: Path, text: str) -> None:
+    """Replace a file's content; a kill at any moment leaves the old or the new text, and a full disk the old."""
+    temporary = path.parent / f".{path.name}.tmp"
+    try:
+        with open(temporary, "w", newline="") as file:
+            file.write(text)
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(temporary, path)
+    except OSError:
+        temporary.unlink(missing_ok=True)
+        raise
 
 
 def newest_run(root: Path, unfinished: bool = False, trained: bool = False) -> Path | None:

@@ -42,9 +42,9 @@ from framework.checkpoint import (
 )  # fmt: skip
 from framework.datamodule import StreamDataModule
 from framework.estimate import count_parameters, estimate
-from framework.logging import LocalLogger, RunLogger, masked, read_rows, say, say_text, write_summary, write_whole
+from framework.logging import LocalLogger, RunLogger, masked, read_rows, say, say_text, write_summary
 from framework.plots import loss_curve
-from framework.runs import read_state, write_state
+from framework.runs import read_state, replace_file, write_state
 
 NOISE = ("lightning.pytorch", "lightning.fabric", "lightning")  # loggers that repeat what we say ourselves
 
@@ -117,7 +117,7 @@ def save_setup(config: DictConfig, run_dir: Path, parts: Parts) -> DictConfig:
     config.model.vocab_size = parts.model.vocab_size
     facts = {"versions": runtime.versions(), "git": runtime.git_state()}
     trailer = "".join(f"# {line}\n" for line in OmegaConf.to_yaml(facts).splitlines())
-    write_whole(run_dir / "config.yaml", OmegaConf.to_yaml(masked(OmegaConf.to_container(config))) + trailer)
+    replace_file(run_dir / "config.yaml", OmegaConf.to_yaml(masked(OmegaConf.to_container(config))) + trailer)
     parts.tokenizer.save(run_dir / "tokenizer")
     return config
 

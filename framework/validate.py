@@ -144,7 +144,7 @@ def heads_divide(config: dict[str, Any]) -> Iterator[str]:
 
 def vocabulary_holds_tokenizer(config: dict[str, Any]) -> Iterator[str]:
     size, tokenizer = config["model"].get("vocab_size"), config["data"].get("tokenizer") or {}
-    needed = tokenizer.get("vocab_size") if isinstance(tokenizer, dict) else None
+    needed = tokenizer.get("vocab_size") if isinstance(tokenizer, dict) and tokenizer.get("kind") == "bpe" else None
     if size and needed and size < needed:
         yield f"model.vocab_size: {size} is below data.tokenizer.vocab_size={needed}; use null to follow the tokenizer"
 
@@ -166,11 +166,6 @@ def position_uses_rope(config: dict[str, Any]) -> Iterator[str]:
         yield f"rope: {rule.rpartition('.')[2]} rescales a rotary embedding that model.position=none leaves out; use rope=none"
 
 
-def one_start(config: dict[str, Any]) -> Iterator[str]:
-    if config.get("ckpt") and config.get("resume"):
-        yield f"ckpt: {config['ckpt']!r} and resume={config['resume']!r} exclude each other; ckpt= starts a new run, resume= continues one"
-
-
 def precision_fits(config: dict[str, Any]) -> Iterator[str]:
     trainer = config["trainer"]
     allowed = ("32-true", "bf16-mixed", "bf16-true", "64-true", "16-mixed")
@@ -181,11 +176,14 @@ def precision_fits(config: dict[str, Any]) -> Iterator[str]:
 
 
 def accelerator_is_there(config: dict[str, Any]) -> Iterator[str]:
-    if config["trainer"].get("accelerator") in ("gpu", "cuda"):
+    accelerator, known = str(config["trainer"].get("accelerator")), ("cpu", "gpu", "cuda", "mps", "auto")
+    if accelerator not in known:
+        yield f"trainer.accelerator: {accelerator!r} is not one of {', '.join(known)}{nearest(accelerator, known)}"
+    if accelerator in ("gpu", "cuda"):
         import torch
 
         if not torch.cuda.is_available():
-            yield "trainer.accelerator: 'gpu' but no CUDA device was found; use trainer=cpu"
+            yield f"trainer.accelerator: {accelerator!r} but no CUDA device was found; use trainer=cpu"
 
 
 RULES: tuple[Callable[[dict[str, Any]], Iterator[str]], ...] = (
@@ -197,7 +195,6 @@ RULES: tuple[Callable[[dict[str, Any]], Iterator[str]], ...] = (
     warmup_fits,
     completions_are_marked,
     position_uses_rope,
-    one_start,
     precision_fits,
     accelerator_is_there,
 )

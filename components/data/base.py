@@ -69,7 +69,9 @@ class CorpusData:
                 self._files[split] = [file for file in made if file is not None]
             self._baselines = self._make_baselines(folder, corpora, digest(*prints))
         if not self._files["val"]:
-            raise UserError("data.val_path: holds no text; nothing would be held out")
+            raise UserError(
+                f"data: {self.source} is too short to hold anything out of it; give more text, or held-out text of its own (data.val_path)"
+            )
         weights = [corpus.weight for corpus in corpora if corpus.weight is not None]
         self._weights = weights if len(weights) == len(corpora) else None
 

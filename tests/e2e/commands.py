@@ -25,18 +25,14 @@ def start(folder: Path, *words: str, script: str = "train.py", code: str | None 
     """Start `python train.py WORDS` (or a line of Python that calls it) with `folder` as the place of all its output."""
     command = [sys.executable, "-c", code] if code else [sys.executable, str(ROOT / script)]
     paths = [f"paths.root={folder / 'outputs'}", f"paths.cache_dir={folder / 'cache'}"]
-    return subprocess.Popen(
-        [*command, *paths, *words],
-        cwd=folder,
-        env=environment() | {"PYTHONPATH": str(ROOT)},
-        stdout=subprocess.PIPE,
-        stderr=subprocess.PIPE,
-        text=True,
-    )
+    env = environment(threads) | {"PYTHONPATH": str(ROOT)}
+    return subprocess.Popen([*command, *paths, *words], cwd=folder, env=env, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
 
 
-def run(folder: Path, *words: str, script: str = "train.py", code: str | None = None, timeout: float = 240) -> subprocess.CompletedProcess:
-    process = start(folder, *words, script=script, code=code)
+def run(
+    folder: Path, *words: str, script: str = "train.py", code: str | None = None, threads: int | None = 1, timeout: float = 240
+) -> subprocess.CompletedProcess:
+    process = start(folder, *words, script=script, code=code, threads=threads)
     try:
         out, err = process.communicate(timeout=timeout)
     except subprocess.TimeoutExpired:

@@ -20,7 +20,7 @@ import generate
 import train
 from framework.runs import newest_run
 
-QUICK = ["trainer.max_steps=2", "logger=none", "samples.every_steps=1000", "validate.every_steps=1000", "trainer.enable_progress_bar=false"]
+QUICK = ["trainer.max_steps=2", "logger=none", "samples.every_steps=1000", "validate.every_steps=1000"]
 
 
 class Place:

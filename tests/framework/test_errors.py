@@ -89,7 +89,7 @@ def test_plus_sign_habit_is_explained():
         (["model.num_heads=5", "model.num_kv_heads=2"], ["model.num_kv_heads", "model.num_heads=5"]),
         (["schedule.warmup_steps=99", "trainer.max_steps=10"], ["schedule.warmup_steps: 99", "trainer.max_steps=10"]),
         (["task=sft"], ["task.loss_on", "data=chat"]),
-        (["ckpt=a", "resume=b"], ["ckpt", "resume", "exclude"]),
+        (["trainer.accelerator=tpu"], ["trainer.accelerator: 'tpu'", "cpu, gpu"]),
         (["trainer.precision=16-mixed"], ["trainer.precision", "trainer=gpu"]),
         (["model.position=none", "rope=yarn"], ["rope", "model.position=none"]),
         (["data.seq_len=0"], ["data.seq_len: 0", "at least 1"]),

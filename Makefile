@@ -6,8 +6,9 @@ PIP = .venv/bin/pip --disable-pip-version-check install --quiet
 train: .venv/.run
 	.venv/bin/python train.py $(ARGS)
 
+# one thread a worker: two workers on two cores are faster than one with two threads
 test: .venv/.dev
-	.venv/bin/python -m pytest $(ARGS)
+	OMP_NUM_THREADS=1 .venv/bin/python -m pytest -n 2 --dist loadfile $(ARGS)
 
 test-slow: .venv/.dev
 	.venv/bin/python -m pytest -m slow $(ARGS)

@@ -62,7 +62,7 @@ class ModelOutput:
 
 @dataclass(frozen=True)
 class RopeSpec:
-    """Everything that rotary embedding needs: inv_freq_i = 1 / (factors_i * base^(2i/rotary_dim)); cos and sin are multiplied by attention_factor."""
+    """All that rotary embedding needs: inv_freq_i = 1 / (factors_i * base^(2i/rotary_dim)), and a multiplier of cos and sin."""
 
     rotary_dim: int  # even; the first rotary_dim of the K dims of a head turn
     base: float = 10000.0
@@ -82,7 +82,7 @@ class RopeRule(Protocol):
 class DecodeState(Protocol):
     """What a model must remember to go on decoding: one object for all models (components/decode_state.py).
 
-    `model(batch, state)` is prefill, chunked prefill and step alike: it reads `input_ids` (B, T), appends T tokens and updates the state in place.
+    `model(batch, state)` is prefill, chunked prefill and step alike: it reads `input_ids` (B, T), appends T tokens and updates the state.
     Rows may stand at different positions. Size of a windowed or recurrent layer does not depend on length.
     """
 
@@ -126,7 +126,7 @@ class Model(Protocol):
     def set_rope(self, spec: RopeSpec) -> None: ...
     def new_state(self, batch_size: int, max_length: int, dtype: torch.dtype = torch.float32) -> DecodeState: ...
     def forward_flops(self, seq_len: int) -> float:
-        """Matmul, attention and scan FLOPs of one forward, per token, at rows of seq_len tokens. A training step counts three times this."""
+        """Matmul, attention and scan FLOPs of one forward, per token, at rows of seq_len tokens; a training step counts three of them."""
         ...
 
 
@@ -165,7 +165,7 @@ class Data(Protocol):
     batch_size: int
 
     def prepare(self, cache_dir: Path, tokenizer: Tokenizer | None = None) -> None:
-        """Read, tokenise and cache what is not cached yet (one process at a time, a progress bar). A given tokenizer replaces the configured one."""
+        """Read, tokenise and cache what is not cached yet (one process at a time). A given tokenizer replaces the configured one."""
         ...
 
     def train_stream(self, seed: int, accumulate: int = 1, rank: int = 0, world_size: int = 1) -> BatchStream: ...
@@ -179,7 +179,7 @@ class Data(Protocol):
         ...
 
     def baselines(self) -> dict[str, float]:
-        """Bits per byte of simple models on the same held-out bytes: {'order0': .., 'order2': .., 'xz': ..}; {} where they make no sense."""
+        """Bits per byte of simple models on the same held-out bytes: {'order0', 'order2', 'xz'}; {} where they make no sense."""
         ...
 
     def summary(self) -> dict[str, int | float | str]:
@@ -206,7 +206,7 @@ class NamedParameter:
 
 
 class OptimizerFactory(Protocol):
-    """An option of the group `optimizer` (`_partial_: true`). Each param group carries `name`, `kind` and `parameter_names` besides torch's keys."""
+    """An option of the group `optimizer` (`_partial_: true`). A param group has `name`, `kind`, `parameter_names` besides torch's keys."""
 
     def __call__(self, parameters: list[NamedParameter]) -> torch.optim.Optimizer: ...
 

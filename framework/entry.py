@@ -1,6 +1,6 @@
 """What train.py and generate.py share: run a Hydra application from a list of words and turn every outcome into an exit code.
 
-0 done; 2 an error that the user can mend (one line each, no traceback); 130 / 143 interrupted by SIGINT / SIGTERM; 1 a defect of ours (traceback).
+0 done; 2 errors that the user can mend (one line each, no traceback); 130 / 143 interrupted by SIGINT / SIGTERM; 1 a defect of ours.
 """
 
 from __future__ import annotations

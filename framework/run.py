@@ -20,9 +20,7 @@ def train(config: DictConfig) -> float | None:
     """Train or continue a run; return the optimised metric."""
     run_dir = Path(config.paths.output_dir)
     if config.resume and config.ckpt:
-        raise UserError(
-            f"ckpt: {config.ckpt!r} and resume={config.resume!r} exclude each other; ckpt= starts a new run, resume= continues one"
-        )
+        raise UserError(f"ckpt: {config.ckpt!r} and resume={config.resume!r} exclude each other: a new run, or one continued")
     if config.resume and read_state(run_dir):
         return resume(config, run_dir)
     if config.resume == "auto":

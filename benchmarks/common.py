@@ -17,6 +17,7 @@ from typing import Any
 import torch
 
 RESULTS = Path(__file__).parent / "results"
+_SHAPES = Path(__file__).parent / "shapes.json"  # written by `python -m framework.shapes`; a test fails when it is stale
 _M_TRIM_THRESHOLD, _M_MMAP_THRESHOLD = -1, -3  # numbers of glibc's mallopt
 
 
@@ -27,6 +28,12 @@ def raise_allocator_thresholds(threshold_bytes: int = 1 << 30) -> bool:
     except (OSError, AttributeError, TypeError):
         return False
     return bool(mallopt(_M_MMAP_THRESHOLD, threshold_bytes) and mallopt(_M_TRIM_THRESHOLD, threshold_bytes))
+
+
+def model_shape(model: str, size: str, *keys: str) -> dict[str, Any]:
+    """The given keys, in their order, of conf/model/MODEL.yaml at model/size=SIZE."""
+    shape = json.loads(_SHAPES.read_text(encoding="utf-8"))[model][size]
+    return {key: shape[key] for key in keys}
 
 
 def interleaved(sides: Mapping[str, Callable[[], object]], rounds: Mapping[str, int], warmup: int = 1) -> dict[str, list[float]]:

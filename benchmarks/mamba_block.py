@@ -15,10 +15,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from benchmarks.common import append_row, environment, interleaved, raise_allocator_thresholds, spread, table
+from benchmarks.common import append_row, environment, interleaved, model_shape, raise_allocator_thresholds, spread, table
 from components.models.samba import MambaMixer
 
-SHAPE = {"hidden_size": 512, "state_size": 16, "conv_kernel": 4, "expand": 2, "dt_rank": 32}  # model/size=small
+SHAPE = model_shape("samba", "small", "hidden_size", "state_size", "conv_kernel", "expand", "dt_rank")
 TOLERANCE = 1e-4  # relative RMS; fp32 sums of up to L*D = 5e5 terms in different orders, measured below 2e-6
 
 
@@ -32,7 +32,7 @@ def stock_mixer(ours: MambaMixer) -> nn.Module:
         state_size=SHAPE["state_size"],
         conv_kernel=SHAPE["conv_kernel"],
         expand=SHAPE["expand"],
-        time_step_rank=SHAPE["dt_rank"],
+        time_step_rank=ours.dt_rank,
         num_hidden_layers=1,
     )
     stock = StockMixer(config, layer_idx=0)
@@ -162,7 +162,7 @@ def main() -> None:
     ]
     print(table(["mixer", "median ms", "range ms", "runs", "time against ours"], lines))
     print(f"greatest relative RMS difference of output and gradients: {difference:.1e}")
-    shape = {**SHAPE, "batch": options.batch, "length": options.length, "dtype": "float32"}
+    shape = {**SHAPE, "dt_rank": ours.dt_rank, "batch": options.batch, "length": options.length, "dtype": "float32"}
     row = {**environment("transformers"), "shape": shape, "seconds": results, "difference": difference}
     print(f"row appended to {append_row('mamba_block', row)}")
 

@@ -298,10 +298,17 @@ class Decoder(nn.Module):
         return self.embed_tokens.weight if self.lm_head is None else self.lm_head.weight
 
     def roles(self) -> dict[str, Role]:
-        """Role of every parameter by name. Raises ValueError on a parameter that no role is known for."""
+        """Role of every parameter by name; `adapter` for what a wrapper, a module with a `base_layer`, adds to its base layer.
+
+        Raises ValueError on a parameter that no role is known for.
+        """
+        wrappers = {path.removesuffix("base_layer") for path, _ in self.named_modules() if path.endswith(".base_layer")}
         roles: dict[str, Role] = {}
         for name, _ in self.named_parameters():
+            inside = [name.removeprefix(path) for path in wrappers if name.startswith(path)]
             role = next((_ROLES[part] for part in reversed(name.split(".")) if part in _ROLES), None)
+            if any(not rest.startswith("base_layer.") for rest in inside):
+                role = "adapter"
             if role is None:
                 raise ValueError(f"{name}: no role known; name the module as one of {', '.join(_ROLES)}")
             roles[name] = role

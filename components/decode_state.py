@@ -95,7 +95,9 @@ class KVCache:
         return KVCache(change(self.keys), change(self.values), self.window, self.limit)
 
     def reset(self, rows: Tensor) -> None:
-        """Nothing to clear: a row of length 0 has no position in any slot."""
+        """Zero the rows: attention gives an empty slot the weight 0, and 0 times a NaN or infinity left there is NaN."""
+        self.keys[rows] = 0
+        self.values[rows] = 0
 
     def save(self) -> dict[str, Any]:
         return {"kind": "kv", "keys": self.keys.clone(), "values": self.values.clone(), "window": self.window, "limit": self.limit}

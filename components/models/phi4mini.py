@@ -22,6 +22,9 @@ class Phi4Mini(Decoder):
         max_length: length in tokens that the model is trained at (L0 of the RoPE rules).
         initializer_range: standard deviation of every matrix at init; norms start at 1.
         rope: an option of the group `rope`.
+
+    Note: the released model's initialisation zeroes the embedding row of its padding id. There is no padding id here, since rows are cut
+    from a full stream of tokens, so every row of the embedding is drawn alike.
     """
 
     def __init__(

@@ -14,8 +14,8 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 
-def _tap_masks(start: Tensor | None, width: int, dtype: torch.dtype) -> list[Tensor | None]:
-    """For each distance j = 0..W-1: (B, L, 1), 1 where x_{t-j} belongs to the document of position t; None where that is everywhere."""
+def _tap_masks(start: Tensor | None, width: int) -> list[Tensor | None]:
+    """For each distance j = 0..W-1: (B, L, 1) bool, True where x_{t-j} lies before the document of position t; None where nowhere."""
     if start is None or (start.device.type == "cpu" and not bool(start.any())):
         return [None] * width
     same = ~start  # position t continues the document of t-1
@@ -23,8 +23,13 @@ def _tap_masks(start: Tensor | None, width: int, dtype: torch.dtype) -> list[Ten
     alive = torch.ones_like(start)
     for _ in range(1, width):
         alive = same & F.pad(alive[:, :-1], (1, 0), value=True)
-        masks.append(alive.unsqueeze(2).to(dtype))
+        masks.append(~alive.unsqueeze(2))
     return masks
+
+
+def _own(x: Tensor, mask: Tensor | None) -> Tensor:
+    """x with zeros where `mask`: not a product, which would carry infinity and NaN across a document's start."""
+    return x if mask is None else x.masked_fill(mask, 0)
 
 
 def _with_history(x: Tensor, history: Tensor | None, width: int, dtype: torch.dtype) -> Tensor:
@@ -48,7 +53,7 @@ def _convolve(extended: Tensor, taps: Tensor, bias: Tensor | None, masks: list[T
         y.add_(bias)
     for back in range(1, width):
         source, mask = extended[:, width - 1 - back : width - 1 - back + length], masks[back]
-        y.addcmul_(source if mask is None else source * mask, taps[width - 1 - back])
+        y.addcmul_(_own(source, mask), taps[width - 1 - back])
     return y
 
 
@@ -62,7 +67,7 @@ class _CausalConv(torch.autograd.Function):
         width, length = weight.shape[1], x.shape[1]
         acc = torch.float64 if x.dtype == torch.float64 else torch.float32
         extended = _with_history(x, history, width, acc)
-        masks = _tap_masks(start, width, acc)
+        masks = _tap_masks(start, width)
         y = _convolve(extended, weight.t().to(acc).contiguous(), None if bias is None else bias.to(acc), masks)
         if silu:
             y = F.silu(y, inplace=True)
@@ -70,7 +75,7 @@ class _CausalConv(torch.autograd.Function):
         for back in range(1, width - 1):  # the state's column W-2-j lies j before the last position
             mask = masks[back]
             if mask is not None:
-                state[:, width - 2 - back] *= mask[:, -1]
+                state[:, width - 2 - back].masked_fill_(mask[:, -1], 0)
         return y.to(x.dtype), state.to(x.dtype)
 
     @staticmethod
@@ -80,7 +85,7 @@ class _CausalConv(torch.autograd.Function):
         width, length = weight.shape[1], x.shape[1]
         acc = torch.float64 if x.dtype == torch.float64 else torch.float32
         extended = _with_history(x, history, width, acc)
-        masks = _tap_masks(start, width, acc)
+        masks = _tap_masks(start, width)
         taps = weight.t().to(acc).contiguous()  # (W, D)
         dpre = dy.to(acc)
         if ctx.silu:
@@ -91,13 +96,12 @@ class _CausalConv(torch.autograd.Function):
         for back in range(1, width - 1):
             mask = masks[back]
             if mask is not None:
-                dextended[:, length + width - 2 - back] *= mask[:, -1]
+                dextended[:, length + width - 2 - back].masked_fill_(mask[:, -1], 0)
         dtaps = torch.empty_like(taps)
         for back in range(width):
             tap, mask = width - 1 - back, masks[back]
-            part = dpre if mask is None else dpre * mask
-            dextended[:, tap : tap + length].addcmul_(part, taps[tap])
-            dtaps[tap] = (part * extended[:, tap : tap + length]).sum(dim=(0, 1))
+            dextended[:, tap : tap + length].addcmul_(_own(dpre, mask), taps[tap])
+            dtaps[tap] = (dpre * _own(extended[:, tap : tap + length], mask)).sum(dim=(0, 1))
         return (
             dextended[:, width - 1 :].to(x.dtype),
             dtaps.t().to(weight.dtype),

@@ -10,6 +10,9 @@ from __future__ import annotations
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+from torch.utils.checkpoint import checkpoint
+
+_QUERIES = 256  # a block of queries where no window gives one
 
 
 def _attend(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, scale: float | None, causal: bool = False) -> Tensor:
@@ -33,6 +36,15 @@ def _visible(
     return visible
 
 
+def _attend_block(
+    q: Tensor, k: Tensor, v: Tensor, first: int, last: int, window: int | None, segment_ids: Tensor | None, scale: float | None
+) -> Tensor:
+    """The queries first..last-1 of the row: (B, H, last - first, K)."""
+    oldest = 0 if window is None else max(0, first - window + 1)
+    mask = _visible(first, last, oldest, window, segment_ids, q.device)
+    return _attend(q[:, :, first:last], k[:, :, oldest:last], v[:, :, oldest:last], mask, scale)
+
+
 def _one_segment(segment_ids: Tensor) -> bool:
     """Whether no row is divided; ids never decrease, so the ends tell. Not asked on an accelerator, where it would wait for the device."""
     return segment_ids.device.type == "cpu" and bool((segment_ids[:, 0] == segment_ids[:, -1]).all())
@@ -41,7 +53,11 @@ def _one_segment(segment_ids: Tensor) -> bool:
 def attention(
     q: Tensor, k: Tensor, v: Tensor, window: int | None = None, segment_ids: Tensor | None = None, scale: float | None = None
 ) -> Tensor:
-    """See `kernels.sliding_window.attention`. Memory is O(T * window) for long rows."""
+    """See `kernels.sliding_window.attention`.
+
+    No mask of more than O(T * window) elements (a row, with segment_ids) is ever held, O(T * 256) without a window. There each block of
+    queries sees up to T keys, so that the masks of all blocks would be as large as one over the row: they are made again in the backward.
+    """
     length = q.shape[2]
     if window is not None and window >= length:
         window = None
@@ -49,13 +65,16 @@ def attention(
         segment_ids = None
     if window is None and segment_ids is None:
         return _attend(q, k, v, None, scale, causal=True)
-    if window is None or length <= 2 * window:
-        return _attend(q, k, v, _visible(0, length, 0, window, segment_ids, q.device), scale)
+    size = _QUERIES if window is None else window
+    if length <= 2 * size:
+        return _attend_block(q, k, v, 0, length, window, segment_ids, scale)
     blocks = []
-    for first in range(0, length, window):
-        last, oldest = min(first + window, length), max(0, first - window + 1)
-        mask = _visible(first, last, oldest, window, segment_ids, q.device)
-        blocks.append(_attend(q[:, :, first:last], k[:, :, oldest:last], v[:, :, oldest:last], mask, scale))
+    for first in range(0, length, size):
+        block = (q, k, v, first, min(first + size, length), window, segment_ids, scale)
+        if window is None and torch.is_grad_enabled():
+            blocks.append(checkpoint(_attend_block, *block, use_reentrant=False, preserve_rng_state=False))
+        else:
+            blocks.append(_attend_block(*block))
     return torch.cat(blocks, dim=2)
 
 

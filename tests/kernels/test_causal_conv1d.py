@@ -95,6 +95,30 @@ def test_start_at_index_zero_drops_the_state():
     assert_close(with_state, causal_conv1d(**inputs)[0], 0.0, "y")
 
 
+@pytest.mark.parametrize("bad", [float("inf"), float("nan")])
+def test_infinity_and_nan_stay_in_their_document(bad):
+    """As in the specification, values, state and gradients, both ways."""
+    inputs, cotangents = make()
+    inputs["x"][0, 8], cotangents[0][0, :9], cotangents[0][1, 9] = bad, 0, bad
+    start = torch.zeros(2, 11, dtype=torch.bool)
+    start[:, 9] = True
+    expected = gradients(bound(reference.causal_conv1d, start=start), inputs, cotangents)
+    actual = gradients(bound(eager.causal_conv1d, start=start), inputs, cotangents)
+    for name, row, part in (("out0", 0, slice(9, 11)), ("d_x", 0, slice(9, 11)), ("out1", 0, slice(0, 3)), ("d_x", 1, slice(0, 9))):
+        assert expected[name][row, part].isfinite().all(), name
+        assert_close(actual[name][row, part], expected[name][row, part], 1e-12, name)
+
+
+@pytest.mark.parametrize("bad", [float("inf"), float("nan")])
+def test_a_dropped_state_may_hold_anything(bad):
+    inputs, cotangents = make()
+    inputs["initial_state"].fill_(bad)
+    start = torch.zeros(2, 11, dtype=torch.bool)
+    start[:, 0] = True
+    expected = gradients(bound(reference.causal_conv1d, start=start), inputs, cotangents)
+    compare(gradients(bound(eager.causal_conv1d, start=start), inputs, cotangents), expected, 1e-12)
+
+
 @pytest.mark.parametrize("sizes", [(1,) * 11, (2, 1, 8), (10, 1)])
 def test_pieces_that_carry_the_state_equal_the_whole(sizes):
     inputs, cotangents = make()

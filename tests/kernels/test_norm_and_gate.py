@@ -6,9 +6,9 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from kernels import rms_norm as rms_folder
-from kernels import swiglu as swiglu_folder
+from kernels.rms_norm import reference as rms_norm_reference
 from kernels.rms_norm import rms_norm
+from kernels.swiglu import reference as swiglu_reference
 from kernels.swiglu import swiglu
 from tests.kernels.support import assert_close, compare, gradients
 
@@ -18,7 +18,7 @@ from tests.kernels.support import assert_close, compare, gradients
 def test_rms_norm(shape, dtype, tolerance):
     inputs = {"x": 3 * torch.randn(shape, dtype=torch.float64), "weight": torch.randn(shape[-1], dtype=torch.float64)}
     cotangents = [torch.randn(shape, dtype=torch.float64)]
-    expected = gradients(lambda **kw: (rms_folder.reference.rms_norm(**kw, eps=1e-2),), inputs, cotangents)
+    expected = gradients(lambda **kw: (rms_norm_reference.rms_norm(**kw, eps=1e-2),), inputs, cotangents)
     if shape[-1] == 1:  # x / |x| has almost no gradient; eps keeps it away from cancellation
         tolerance *= 100
     compare(
@@ -33,7 +33,7 @@ def test_rms_norm_statistics_are_float32():
         with torch.autocast("cpu", dtype=torch.bfloat16, enabled=autocast):
             out = rms_norm(x, weight)
         assert out.dtype == torch.bfloat16
-        assert_close(out, rms_folder.reference.rms_norm(x.double(), weight.double()), 3e-3, "out")  # one rounding of the result
+        assert_close(out, rms_norm_reference.rms_norm(x.double(), weight.double()), 3e-3, "out")  # one rounding of the result
         with torch.autocast("cpu", dtype=torch.bfloat16, enabled=autocast):
             assert rms_norm(x.float(), weight).dtype == torch.float32
 
@@ -48,7 +48,7 @@ def test_swiglu(dtype, tolerance):
     inputs = {k: v.to(dtype) for k, v in inputs.items()}
     cotangents = [torch.randn(2, 3, 7).to(dtype)]
     doubled = {k: v.double() for k, v in inputs.items()}
-    expected = gradients(lambda **kw: (swiglu_folder.reference.swiglu(**kw),), doubled, cotangents)
+    expected = gradients(lambda **kw: (swiglu_reference.swiglu(**kw),), doubled, cotangents)
     compare(gradients(lambda **kw: (swiglu(**kw),), inputs, cotangents), expected, tolerance)  # bf16: three roundings of 2e-3
     assert_close(swiglu(**doubled), F.silu(doubled["gate"]) * doubled["up"], 1e-12, "torch")
 

@@ -64,6 +64,91 @@ def test_small_chunks_change_nothing(monkeypatch):
         compare(gradients(with_softplus(eager.selective_scan), inputs, cotangents), whole, 1e-13)
 
 
+@pytest.mark.parametrize("every", [2, 3, 7, 12, 100])
+def test_states_kept_at_some_chunks_only_change_nothing(monkeypatch, every):
+    """23 chunks of 1 step or 12 of 2: groups that divide them, that leave a rest, and one group of all."""
+    inputs, cotangents = make(length=23)
+    start = torch.rand(2, 23) < 0.2
+    whole = gradients(with_softplus(eager.selective_scan, start), inputs, cotangents)
+    monkeypatch.setattr(eager, "_kept_every", lambda chunks, state_bytes: every)
+    for steps in (1, 2):
+        monkeypatch.setattr(eager, "_chunk_steps", lambda length, state_bytes, steps=steps: min(length, steps))
+        compare(gradients(with_softplus(eager.selective_scan, start), inputs, cotangents), whole, 1e-13)
+
+
+def test_bytes_kept_for_the_backward_grow_with_the_root_of_the_length():
+    mebibyte = 1 << 20
+    assert eager._kept_every(13, mebibyte // 5) == 1  # a row of the small run: as fast as memory allows
+    state = 4 * 8 * 16 * 3072  # B=8 N=16 D=3072: 1.5 MiB
+    chunks = 4096 // eager._chunk_steps(4096, state)
+    every = eager._kept_every(chunks, state)
+    assert (chunks / every + every) * state < 100 * mebibyte < chunks * state / 15
+    assert every * eager._chunk_steps(4096, state) >= 16
+
+
+def test_kept_states_are_what_the_rule_says(monkeypatch):
+    """Counted on the graph: of 32 chunks of 4 steps, 32 states below the limit, 6 above it."""
+    inputs, _ = make(length=128, dtype=torch.float32)
+    inputs["u"].requires_grad_()
+    monkeypatch.setattr(eager, "_chunk_steps", lambda length, state_bytes: 4)
+    for limit, expected in ((1 << 26, 32), (100, 6)):
+        monkeypatch.setattr(eager, "_MAX_KEPT_BYTES", limit)
+        shapes = []
+        with torch.autograd.graph.saved_tensors_hooks(lambda t, shapes=shapes: shapes.append(tuple(t.shape)), lambda x: x):
+            eager.selective_scan(**inputs, dt_softplus=True)
+        assert (expected, 2, 4, 6) in shapes
+
+
+@pytest.mark.parametrize("bad", [float("inf"), float("nan")])
+@pytest.mark.parametrize("first", [1, 4, 7, 8])
+def test_infinity_and_nan_stay_in_their_document(monkeypatch, bad, first):
+    """As in the specification, values and gradients; the second document starts inside and at the edges of chunks of 4 steps."""
+    monkeypatch.setattr(eager, "_chunk_steps", lambda length, state_bytes: min(length, 4))
+    inputs, cotangents = make(length=11)
+    inputs["u"][0, first - 1] = bad
+    start = torch.zeros(2, 11, dtype=torch.bool)
+    start[0, first] = True
+    cotangents[0][0, :first] = 0
+    expected = gradients(with_softplus(reference.selective_scan, start), inputs, cotangents)
+    actual = gradients(with_softplus(eager.selective_scan, start), inputs, cotangents)
+    for name in ("out0", "d_u", "d_dt", "d_B", "d_C", "d_z"):
+        assert expected[name][0, first:].isfinite().all(), name
+        assert_close(actual[name][0, first:], expected[name][0, first:], 1e-12, name)
+        assert_close(actual[name][1], expected[name][1], 1e-12, name)
+    assert_close(actual["out1"], expected["out1"], 1e-12, "state")
+
+
+@pytest.mark.parametrize("bad", [float("inf"), float("nan")])
+def test_gradients_of_a_document_do_not_reach_the_one_before(bad):
+    inputs, cotangents = make(length=11)
+    start = torch.zeros(2, 11, dtype=torch.bool)
+    start[:, 6] = True
+    cotangents[0][:, 8] = bad
+    expected = gradients(with_softplus(reference.selective_scan, start), inputs, cotangents)
+    actual = gradients(with_softplus(eager.selective_scan, start), inputs, cotangents)
+    for name in ("d_u", "d_dt", "d_B", "d_C", "d_z"):
+        assert expected[name][:, :6].isfinite().all(), name
+        assert_close(actual[name][:, :6], expected[name][:, :6], 1e-12, name)
+    assert_close(actual["d_initial_state"], expected["d_initial_state"], 1e-12, "d_initial_state")
+
+
+def test_decode_step_drops_an_infinite_state():
+    inputs, _ = make(length=1)
+    inputs["initial_state"].fill_(float("inf"))
+    start = torch.ones(2, 1, dtype=torch.bool)
+    expected = reference.selective_scan(**inputs, dt_softplus=True, document_start=start)
+    for actual, wanted in zip(selective_scan(**inputs, dt_softplus=True, document_start=start), expected):
+        assert_close(actual, wanted, 1e-12, "step")
+
+
+@pytest.mark.parametrize("left_out", [(), ("z",), ("z", "D")])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_y_is_contiguous(left_out, dtype):
+    inputs, _ = make(dtype=torch.float32)
+    inputs = {k: v.to(dtype) if k in ("u", "dt", "B", "C", "z") else v for k, v in inputs.items() if k not in left_out}
+    assert selective_scan(**inputs, dt_softplus=True)[0].is_contiguous()
+
+
 @pytest.mark.parametrize("left_out", ["D", "z", "dt_bias", "initial_state"])
 def test_optional_arguments(left_out):
     inputs, cotangents = make(length=19)

@@ -110,11 +110,12 @@ def test_muon_takes_the_hidden_matrices_block_by_block(model):
     assert sum(row["parameters"] for row in describe(optimizer)) == sum(p.numel() for p in network.parameters())
 
 
-@pytest.mark.parametrize("adapter", ["none", "lora"])
+@pytest.mark.parametrize(("adapter", "drop"), [(["adapter=none"], 0.5), (["adapter=lora", "adapter.dropout=0"], 0.08)])
 @pytest.mark.parametrize("optimizer", ["adamw", "muon"])
 @pytest.mark.parametrize("model", MODELS)
-def test_a_few_steps_fit_a_batch(model, optimizer, adapter):
-    config, network, _ = parts(model, f"optimizer={optimizer}", f"adapter={adapter}")
+def test_a_few_steps_fit_a_batch(model, optimizer, adapter, drop):
+    """Nothing is random here, so that every step must help; 8 drop the loss by 0.88 or more (plain) and by 0.12 or more (adapter)."""
+    config, network, _ = parts(model, f"optimizer={optimizer}", *adapter)
     network.train()
     steps = build(config.optimizer)(named_parameters(network))
     losses = []
@@ -124,4 +125,4 @@ def test_a_few_steps_fit_a_batch(model, optimizer, adapter):
         loss.backward()
         steps.step()
         losses.append(loss.item())
-    assert losses[-1] < losses[0] - (0.05 if adapter == "none" else 0.001), losses
+    assert losses == sorted(losses, reverse=True) and losses[-1] < losses[0] - drop, losses

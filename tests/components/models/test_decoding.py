@@ -7,6 +7,7 @@ import torch
 
 from components.contracts import Batch
 from components.decode_state import DecodeState
+from tests.components.models.conftest import lively
 
 WINDOW = 16  # of model=samba model/size=test
 TOTAL = 3 * WINDOW + 5
@@ -30,6 +31,13 @@ def test_prefill_then_steps_equal_the_full_forward(model, prompt, full_logits, r
     logits, state = decode(model, ids, [prompt])
     close(logits, full_logits(model, ids))
     assert state.length.tolist() == [TOTAL, TOTAL]
+
+
+@pytest.mark.parametrize("prompt", [1, WINDOW - 1, WINDOW, WINDOW + 1, 3 * WINDOW])
+def test_prefill_then_steps_with_a_window_in_every_layer(make_model, prompt, full_logits, random_ids, close):
+    model = lively(make_model("phi4mini", window=WINDOW)).eval()
+    ids = random_ids(2, TOTAL)
+    close(decode(model, ids, [prompt])[0], full_logits(model, ids))
 
 
 @pytest.mark.parametrize("splits", [[5, 9, 23], [WINDOW, WINDOW, 7], [1, 40, 2], [40, 13], [2, 2, 2]])
@@ -101,6 +109,21 @@ def test_reset_rows_start_anew_beside_others(model, full_logits, random_ids, clo
     close(run(model, state, ids), full_logits(model, ids))
 
 
+@pytest.mark.parametrize("bad", [float("nan"), float("inf")])
+@pytest.mark.parametrize("rows", [torch.tensor([0]), torch.tensor([True, False])])
+def test_reset_forgets_what_is_not_a_number(model, bad, rows, full_logits, random_ids, close):
+    ids = random_ids(2, 30, seed=6)
+    state = model.new_state(2, 64)
+    run(model, state, random_ids(2, 5, seed=7))
+    for layer in state.layers:
+        for tensor in layer.tensors:
+            tensor[0] = bad
+    state.reset(rows)
+    logits = torch.cat([run(model, state, piece) for piece in ids.split([1, 9, *[1] * 20], dim=1)], dim=1)
+    close(logits[0], full_logits(model, ids[:1])[0])
+    assert logits[1].isfinite().all()
+
+
 def test_save_and_load(model, random_ids):
     ids = random_ids(2, TOTAL, seed=9)
     state = model.new_state(2, TOTAL)
@@ -147,13 +170,12 @@ def test_position_none_decodes_too(make_model, model_name, full_logits, random_i
     close(decode(model, ids, [7])[0], full_logits(model, ids))
 
 
-def test_bf16_state(make_model, model_name, full_logits, random_ids, close):
-    """Keys kept in bf16 cost their 2^-9 rounding, no more; recurrent state stays fp32."""
-    model = make_model(model_name).eval()
+def test_bf16_state(model, model_name, full_logits, random_ids, close):
+    """Keys kept in bf16 cost their 2^-9 rounding, no more (measured: samba 3.3e-3, phi4mini 2.8e-4); recurrent state stays fp32."""
     ids = random_ids(2, TOTAL)
     state = model.new_state(2, TOTAL, torch.bfloat16)
     logits = torch.cat([run(model, state, piece) for piece in ids.split([20] + [1] * (TOTAL - 20), dim=1)], dim=1)
-    close(logits, full_logits(model, ids), relative=2e-2)
+    close(logits, full_logits(model, ids), relative={"samba": 1e-2, "phi4mini": 2e-3}[model_name])
     assert all(t.dtype == torch.float32 for layer in state.layers if hasattr(layer, "ssm") for t in layer.tensors)
 
 
@@ -162,7 +184,7 @@ def test_steps_under_autocast_agree_with_the_forward_under_autocast(model, rando
     with torch.autocast("cpu", dtype=torch.bfloat16), torch.no_grad():
         whole = model.logits(model(Batch(ids)).hidden).float()
         logits = decode(model, ids, [9])[0].float()
-    close(logits, whole, relative=5e-2)  # bf16 rounding along two layers
+    close(logits, whole, relative=1.5e-2)  # bf16 rounding along two layers; measured: 5.6e-3 for both
 
 
 def test_mistakes(model, random_ids):

@@ -125,6 +125,21 @@ def test_fused_splits_cover_their_rows(model):
     assert set(splits) == fused
 
 
+def test_what_a_wrapper_adds_has_the_role_adapter(make_model, model_name):
+    """Without knowing the wrapper: any module beside a base_layer, at any depth; what it wraps keeps its role."""
+    model = make_model(model_name, tie_embeddings=False)
+    plain = model.roles()
+    wrapped = linears(model)
+    for name in wrapped:
+        parent, _, leaf = name.rpartition(".")
+        wrapper = Perturbed(model.get_submodule(name))
+        wrapper.lora_A, wrapper.scale = nn.Linear(2, 2, bias=False), nn.Parameter(torch.ones(1))
+        setattr(model.get_submodule(parent), leaf, wrapper)
+    roles = model.roles()
+    assert {name for name, role in roles.items() if role == "adapter"} == {f"{n}.{p}" for n in wrapped for p in ("lora_A.weight", "scale")}
+    assert {name.replace(".base_layer", ""): role for name, role in roles.items() if role != "adapter"} == plain
+
+
 class Perturbed(nn.Module):
     """A wrapper as an adapter makes it: the base layer stays a module inside."""
 
@@ -187,7 +202,7 @@ def test_every_parameter_learns(model, random_ids):
     assert all(g.isfinite().all() and g.abs().max() > 0 for g in gradients.values())
 
 
-def test_autocast_keeps_the_residual_stream_in_fp32(model, random_ids, full_logits, close):
+def test_autocast_keeps_the_residual_stream_in_fp32(model, model_name, random_ids, full_logits, close):
     streams = []
     for block in model.layers:
         block.register_forward_hook(lambda module, args, out: streams.append(out.dtype))
@@ -196,7 +211,8 @@ def test_autocast_keeps_the_residual_stream_in_fp32(model, random_ids, full_logi
     with torch.autocast("cpu", dtype=torch.bfloat16):
         mixed = full_logits(model, ids)
     assert set(streams) == {torch.float32}
-    close(mixed.float(), plain, relative=5e-2)  # bf16 has 2^-9 a rounding
+    # bf16 has 2^-9 a rounding; measured: samba 3.5e-2, phi4mini 3.9e-3
+    close(mixed.float(), plain, relative={"samba": 5e-2, "phi4mini": 8e-3}[model_name])
 
 
 def test_float64_model_is_more_exact(make_model, model_name, full_logits, random_ids):

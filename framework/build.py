@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -124,6 +125,15 @@ def plain(node: Any) -> Any:
     return OmegaConf.to_container(node, resolve=True) if OmegaConf.is_config(node) else node
 
 
+def literal(node: Any) -> Any:
+    """Resolved containers in which '${' is text, as in a prompt. Hydra resolves twice on its way, so each backslash counts four times."""
+    if isinstance(node, dict):
+        return {key: literal(value) for key, value in node.items()}
+    if isinstance(node, list):
+        return [literal(value) for value in node]
+    return re.sub(r"(\\*)\$\{", lambda m: "\\" * (4 * len(m[1]) + 3) + "${", node) if isinstance(node, str) else node
+
+
 def build(node: DictConfig | dict[str, Any] | None, *args: Any, path: str | None = None, **runtime: Any) -> Any:
     """Instantiate one node; None for an empty one. Lists and dicts arrive as plain Python. path: of the node, for messages.
 
@@ -139,7 +149,7 @@ def build(node: DictConfig | dict[str, Any] | None, *args: Any, path: str | None
     if lines := check_node(path, plain(node)):
         raise ConfigErrors(lines)
     try:
-        return hydra.utils.instantiate(plain(node), *args, _convert_="all", **runtime)
+        return hydra.utils.instantiate(literal(plain(node)), *args, _convert_="all", **runtime)
     except InstantiationException as error:
         cause = error.__cause__
         if isinstance(cause, UserError):

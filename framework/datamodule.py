@@ -17,17 +17,19 @@ class EndlessLoader:
     do not fill a window are left out; they differ from epoch to epoch.
     """
 
-    def __init__(self, stream: BatchStream, accumulate: int = 1) -> None:
+    def __init__(self, stream: BatchStream, accumulate: int = 1, repeat: int = 0) -> None:
         """
         Args:
             stream: micro-batches.
             accumulate: micro-batches in an optimizer step.
+            repeat: give the first so many micro-batches again and again (debug=overfit); 0: all of them, epoch after epoch.
 
         Raises:
             UserError: an epoch is shorter than one optimizer step.
         """
         self.stream = stream
-        self.usable = len(stream) // accumulate * accumulate
+        self.repeat = repeat
+        self.usable = min(len(stream), repeat or len(stream)) // accumulate * accumulate
         if not self.usable:
             raise UserError(
                 f"trainer.accumulate_grad_batches: {accumulate} is more than the {len(stream)} batch(es) that an epoch has; "
@@ -42,7 +44,7 @@ class EndlessLoader:
         while True:
             state = self.stream.state_dict()
             if state["position"] >= self.usable:
-                self.stream.load_state_dict({**state, "epoch": state["epoch"] + 1, "position": 0})
+                self.stream.load_state_dict({**state, "epoch": state["epoch"] + (not self.repeat), "position": 0})
             epoch = self.stream.state_dict()["epoch"]
             for batch in self.stream:
                 yield batch
@@ -77,7 +79,8 @@ class StreamDataModule(pl.LightningDataModule):
         trainer = self.trainer
         assert trainer is not None
         accumulate = trainer.accumulate_grad_batches
-        return EndlessLoader(self.data.train_stream(self.seed, accumulate, trainer.global_rank, trainer.world_size), accumulate)
+        stream = self.data.train_stream(self.seed, accumulate, trainer.global_rank, trainer.world_size)
+        return EndlessLoader(stream, accumulate, repeat=int(trainer.overfit_batches))  # type: ignore[attr-defined]
 
     def val_dataloader(self) -> Iterable[Batch]:
         """Every held-out token once as a label."""

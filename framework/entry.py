@@ -24,6 +24,7 @@ from omegaconf.errors import OmegaConfBaseException
 from framework.runs import STATE_FILE
 
 Job = Callable[[DictConfig], Any]
+FLAGS = ("-m", "--multirun")  # hydra's parser wants them before the overrides
 FREE_TEXT = ("prompt", "samples.prompt")  # keys whose value is a person's text, taken as it is typed
 
 
@@ -35,7 +36,7 @@ class Outcome:
 
 def run_app(application: Callable[[], Any], config_name: str, argv: list[str] | None) -> int:
     """Run a `@hydra.main` function on the words `argv` (default: the command line) and return the exit code."""
-    words = [quoted(word) for word in (sys.argv[1:] if argv is None else argv)]
+    words = sorted((quoted(word) for word in (sys.argv[1:] if argv is None else argv)), key=lambda word: word in FLAGS, reverse=True)
     saved, previous = sys.argv, os.environ.get("HYDRA_FULL_ERROR")
     sys.argv = [f"{config_name}.py", *words]
     os.environ["HYDRA_FULL_ERROR"] = "1"  # hydra then raises instead of printing and exiting
@@ -47,9 +48,8 @@ def run_app(application: Callable[[], Any], config_name: str, argv: list[str] | 
     except KeyboardInterrupt:
         print("interrupted", file=sys.stderr)
         return 130
-    except BrokenPipeError:  # the reader of our output left, as in `| head`
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-        return 141
+    except BrokenPipeError:
+        return leave_quietly()
     except (HydraException, OmegaConfBaseException) as error:
         return report_composition(config_name, words, error)
     except Exception as error:
@@ -61,6 +61,12 @@ def run_app(application: Callable[[], Any], config_name: str, argv: list[str] | 
         else:
             os.environ["HYDRA_FULL_ERROR"] = previous
     return Outcome.code
+
+
+def leave_quietly() -> int:
+    """Send what is still buffered nowhere; returns the exit code of a process that SIGPIPE ended."""
+    os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+    return 141
 
 
 def quoted(word: str) -> str:
@@ -76,8 +82,9 @@ def run_job(job: Job, config: DictConfig) -> Any:
     """Run one job inside Hydra. In a single run the error is reported here, so that Hydra adds nothing; in a sweep it goes on to Hydra."""
     try:
         return job(config)
-    except BrokenPipeError:
-        raise
+    except BrokenPipeError:  # the reader of our output left, as in `| head`
+        Outcome.code = leave_quietly()
+        return None
     except (Exception, KeyboardInterrupt) as error:
         Outcome.code = report(error, bool(config.get("traceback")))
         remove_empty_run()
@@ -133,6 +140,6 @@ def report_composition(config_name: str, words: list[str], error: Exception) -> 
 def remove_empty_run() -> None:
     """Delete the folder that Hydra made for a job that failed before it became a run."""
     folder = Path(HydraConfig.get().runtime.output_dir)
-    leftovers = {".hydra", ".hydra_resume", "train.log", "generate.log"}
+    leftovers = {".hydra", ".hydra_resume", ".lock", "train.log", "generate.log"}
     if folder.is_dir() and not (folder / STATE_FILE).exists() and {p.name for p in folder.iterdir()} <= leftovers:
         shutil.rmtree(folder, ignore_errors=True)

@@ -18,15 +18,15 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
 from components.adapters.base import merge
-from components.contracts import IGNORE, Completion, Diagnostics, Engine, SamplingParams, UserError
+from components.contracts import Completion, Diagnostics, Engine, SamplingParams, UserError
 from components.decoding.sampling import check_params
 from framework.build import ConfigErrors, Run, build, build_data, load_run
-from framework.run import resolve_checkpoint
+from framework.inherit import resolve_checkpoint
+from framework.prompts import Renderer, held_out_prompt
 from framework.runtime import prepare_process
 from framework.signatures import ALLOWED, describe, fits, locate
 
 KEYS: dict[str, Any] = {"max_new_tokens": int, "device": str, "adapter": dict[str, bool]}
-DEFAULT_PROMPT_TOKENS = 16
 
 
 @dataclass
@@ -127,9 +127,9 @@ class Answer:
     def _on_terminal(self, context: Context) -> dict[str, float]:
         """Text goes to stdout, everything said about it to stderr."""
         notes = Console(stderr=True, highlight=False, soft_wrap=True)
-        render = Renderer(context)
+        render = run_renderer(context.run)
         if self.prompt is None:
-            ids, source = default_prompt(context)
+            ids, source = default_prompt(context, render)
             shown = context.run.tokenizer.decode(ids)
             notes.print(f"no prompt given (prompt='...' takes yours); going on with {source}", style="dim", markup=False)
         else:
@@ -150,7 +150,7 @@ class Answer:
 
     def _into_file(self, requests: list[Request], context: Context) -> dict[str, float]:
         """Answers in the order of the requests, each written as soon as those before it are."""
-        render = Renderer(context)
+        render = run_renderer(context.run)
         prompts = [render(request.given, where=request.where) for request in requests for _ in range(self.n)]
         path = Path(self.output) if self.output is not None else context.out_dir / "generations.jsonl"
         tokens, started = 0, time.perf_counter()
@@ -172,29 +172,6 @@ class Answer:
         notes.print(f"{len(prompts)} answers in {path}", markup=False)
         notes.print(summary(metrics, context.run), style="dim", markup=False)
         return metrics
-
-
-class Renderer:
-    """Turns what a user gives into prompt ids, made like the run's documents: text after a document start, or turns of a conversation."""
-
-    def __init__(self, context: Context) -> None:
-        run = context.run
-        self._tokenizer = run.tokenizer
-        self.chat = hasattr(locate(run.cfg.data._target_, (*ALLOWED, *run.cfg.allow_targets)), "render")
-        if self.chat:
-            self._data: Any = build_data(run.cfg)
-            self._data.tokenizer = run.tokenizer  # rendering needs no more; the data themselves may be gone
-
-    def __call__(self, given: str | list[dict[str, str]], where: str = "prompt") -> list[int]:
-        """Ids of a text, or of messages {role, content}. Raises UserError, beginning with `where`, for what the run cannot read."""
-        if not self.chat:
-            if isinstance(given, str):
-                return [self._tokenizer.eot_id, *self._tokenizer.encode(given)]
-            raise UserError(f"{where}: 'messages' need a run that was trained on conversations (data=chat); give a 'prompt' instead")
-        try:
-            return self._data.render([{"role": "user", "content": given}] if isinstance(given, str) else given)
-        except UserError as error:
-            raise UserError(f"{where}: {error}") from error
 
 
 def read_requests(path: Path) -> list[Request]:
@@ -245,24 +222,24 @@ def is_conversation(value: Any) -> bool:
     return all(isinstance(turn, dict) and isinstance(turn.get("role"), str) and isinstance(turn.get("content"), str) for turn in turns)
 
 
-def default_prompt(context: Context) -> tuple[list[int], str]:
-    """Prompt ids that suit the run, and where they are from: its own sample prompt, else the beginning of its held-out data.
+def run_renderer(run: Run) -> Renderer:
+    """The renderer of a run's prompts. Its data may be gone: rendering needs the tokenizer only."""
+    data = build_data(run.cfg) if hasattr(locate(run.cfg.data._target_, (*ALLOWED, *run.cfg.allow_targets)), "render") else None
+    return Renderer(run.tokenizer, data)
 
-    Held-out rows that do not count from their start (conversations, probes) give all that stands before what counts.
-    """
+
+def default_prompt(context: Context, render: Renderer) -> tuple[list[int], str]:
+    """Prompt ids that suit the run, and where they are from: its own sample prompt, else the beginning of its held-out data."""
     run = context.run
     own = OmegaConf.select(run.cfg, "samples.prompt")
     if own is not None:
-        return Renderer(context)(str(own)), "the run's own samples.prompt"
+        return render(str(own)), "the run's own samples.prompt"
     try:
         data = build_data(run.cfg)
         data.prepare(context.cache_dir, run.tokenizer)
-        batch = next(iter(data.val_batches()))
+        return held_out_prompt(data), "the beginning of its held-out text"
     except UserError as error:
         return [run.tokenizer.eot_id], f"nothing but a document start, since the run's data cannot be read ({error})"
-    counts = batch.labels[0] != IGNORE if batch.labels is not None else torch.ones(1)
-    first = int(counts.nonzero()[0]) if counts.any() else 0
-    return batch.input_ids[0, : first + 1 if first else DEFAULT_PROMPT_TOKENS].tolist(), "the beginning of its held-out text"
 
 
 def completions(engine: Engine, prompts: list[list[int]], params: SamplingParams) -> Iterator[tuple[int, Completion]]:
@@ -330,4 +307,6 @@ def measures(tokens: float, seconds: float, answers: int) -> dict[str, float]:
 def summary(metrics: dict[str, float], run: Run) -> str:
     """The last line of a generation: how fast, from what, and what to try next."""
     speed = f"{metrics['tokens']:.0f} tokens in {metrics['seconds']:.1f} s ({metrics['perf/tokens_per_second']:.0f} tokens/s)"
-    return f"{speed} from {run.path}, step {run.step}. Next: python generate.py decode=greedy prompt='...', or prompts=FILE.jsonl for many"
+    return (
+        f"{speed} from {run.path}, step {run.step}. Next: python generate.py ckpt={run.path} prompt='...', or prompts=FILE.jsonl for many"
+    )

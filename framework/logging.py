@@ -41,6 +41,12 @@ def masked(node: Any) -> Any:
     return [masked(value) for value in node] if isinstance(node, list) else node
 
 
+def masked_word(word: str) -> str:
+    """A word of a command line with its value replaced where the key looks like a secret's."""
+    key, equals, _ = word.partition("=")
+    return f"{key}={MASK}" if equals and SECRET.search(key.rpartition(".")[2]) else word
+
+
 def read_rows(run: Path) -> list[dict[str, float]]:
     """Rows of a run's metrics.csv, each with 'step'; empty cells are left out, and so is a last line that a kill cut short."""
     try:

@@ -8,7 +8,7 @@ from typing import Any
 
 from omegaconf import OmegaConf
 
-from framework.runs import newest_run, read_state
+from framework.runs import inherited_choices, newest_run, read_state
 
 SLUG_PARTS = ("model", "model/size", "rope", "adapter", "optimizer", "data")  # choices that name a run; "none" is left out
 
@@ -19,8 +19,9 @@ def slug(choices: Any, seed: int) -> str:
     return re.sub(r"[^A-Za-z0-9._-]+", "-", "-".join([*parts, f"s{seed}"]))[:80]
 
 
-def run_dir(resume: str | None, root: str, name: str, now: str, choices: Any, seed: int) -> str:
-    """Folder of the run: the one to resume, or a fresh one."""
+def run_dir(resume: str | None, root: str, name: str, now: str, choices: Any, seed: int, ckpt: str | None = None) -> str:
+    """Folder of the run: the one to resume, or a fresh one, named after its parts (those of `ckpt=` included)."""
+    name = str(name)
     if resume == "auto":
         found = newest_run(Path(root) / name, unfinished=True)
         if found is not None:
@@ -29,12 +30,13 @@ def run_dir(resume: str | None, root: str, name: str, now: str, choices: Any, se
         if not read_state(Path(resume)):  # not a run: hydra must neither create nor fill it; the job reports it
             return str(Path(root) / ".rejected" / now)
         return str(resume)
-    return str(Path(root) / name / f"{now}_{slug(choices, seed)}")
+    parts = {**choices, **inherited_choices(ckpt, Path(root))}
+    return str(Path(root) / name / f"{now}_{slug(parts, seed)}")
 
 
-def run_sub(resume: str | None) -> str:
+def run_sub(run_dir: str) -> str:
     """Where hydra keeps what it composed; a resumed run keeps its original `.hydra`."""
-    return ".hydra_resume" if resume else ".hydra"
+    return ".hydra_resume" if read_state(Path(run_dir)) else ".hydra"
 
 
 def precision(accelerator: str) -> str:

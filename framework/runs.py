@@ -1,13 +1,20 @@
-"""Run directories as plain files: find them and read their state. Imports nothing heavy."""
+"""Run directories as plain files: find them, read their state, lock them. Imports nothing heavy."""
 
 from __future__ import annotations
 
+import contextlib
+import fcntl
 import json
 import os
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-STATE_FILE = "run_state.json"
+from omegaconf import OmegaConf
+
+STATE_FILE, LOCK_FILE = "run_state.json", ".lock"
+FINISHED = ("done", "diverged")  # statuses after which going on makes no sense by itself
+INHERITED = ("model", "model/size", "rope")  # choices that `ckpt=` takes from its run
 
 
 def read_state(run: Path) -> dict[str, Any]:
@@ -40,11 +47,71 @@ def replace_file(path: Path, text: str) -> None:
 
 
 def newest_run(root: Path, unfinished: bool = False, trained: bool = False) -> Path | None:
-    """The most recently created run below `root` (any depth). unfinished: that can be continued; trained: that has a checkpoint."""
+    """The most recently created run below `root` (any depth). unfinished: that can be continued now; trained: that has a checkpoint."""
     found = []
     for file in root.glob(f"**/{STATE_FILE}"):
         state = read_state(file.parent)
-        passed_over = (unfinished and state.get("status") == "done") or (trained and not state.get("last_checkpoint"))
+        passed_over = (unfinished and state.get("status") in FINISHED) or (trained and not state.get("last_checkpoint"))
         if state.get("created") and not passed_over:
             found.append((str(state["created"]), file.parent))
-    return max(found)[1] if found else None
+    for _, run in sorted(found, reverse=True):
+        if not (unfinished and is_locked(run)):
+            return run
+    return None
+
+
+def source_run(ckpt: str, root: Path) -> Path | None:
+    """Run directory that a `ckpt=` word (RUN_DIR, FILE, last or best) means, None when there is none."""
+    if ckpt in ("last", "best"):
+        return newest_run(root, trained=True)
+    path = Path(ckpt)
+    folder = path if path.is_dir() else path.parent.parent
+    return folder if read_state(folder) else None
+
+
+def choices(run: Path) -> dict[str, str]:
+    """Options that the run's groups had when it began: {group: option}; those that came with `ckpt=` from its source."""
+    state = read_state(run)
+    if state.get("choices"):
+        return dict(state["choices"])
+    file = run / ".hydra" / "hydra.yaml"
+    if not file.is_file():
+        return {}
+    stored = OmegaConf.load(file).hydra.runtime.choices
+    return {k: v for k, v in stored.items() if v not in (None, "null") and not k.startswith("hydra/")}
+
+
+def inherited_choices(ckpt: str | None, root: Path) -> dict[str, str]:
+    """Choices that a run which starts from `ckpt` takes from there."""
+    source = source_run(str(ckpt), root) if ckpt else None
+    return {} if source is None else {group: option for group, option in choices(source).items() if group in INHERITED}
+
+
+def typed_before(run: Path) -> list[str]:
+    """Words of the command line that began the run."""
+    file = run / ".hydra" / "overrides.yaml"
+    return [str(word) for word in OmegaConf.load(file)] if file.is_file() else []
+
+
+@contextlib.contextmanager
+def locked(run: Path) -> Iterator[bool]:
+    """Hold the run's lock; yields False when another process has it. A lock dies with its process, however that dies."""
+    if "LOCAL_RANK" in os.environ:  # a further rank of a run whose first process holds the lock
+        yield True
+        return
+    run.mkdir(parents=True, exist_ok=True)
+    with open(run / LOCK_FILE, "a") as file:
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except OSError:
+            yield False
+            return
+        yield True
+
+
+def is_locked(run: Path) -> bool:
+    """Does a live process work on this run?"""
+    if not (run / LOCK_FILE).exists():
+        return False
+    with locked(run) as free:
+        return not free

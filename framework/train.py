@@ -7,9 +7,7 @@ import logging
 import shlex
 import sys
 import warnings
-from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import lightning.pytorch as pl
 import torch
@@ -17,47 +15,28 @@ from omegaconf import DictConfig, OmegaConf
 from rich.console import Console
 from rich.table import Table
 
-from components.contracts import Data, Tokenizer, UserError
-from components.data.tokenizers import Tokenizer as SavedTokenizer
 from components.optim.groups import describe
 from framework import build, runtime
 from framework.callbacks.checkpoints import Checkpoints, StopOnSignal
 from framework.callbacks.ema import Ema
 from framework.callbacks.exact_state import ExactState
 from framework.callbacks.metrics import MetricsRow
-from framework.callbacks.nan_guard import NanGuard
+from framework.callbacks.nan_guard import Diverged, NanGuard
 from framework.callbacks.progress import ProgressLine
 from framework.callbacks.samples import Samples, sample_writer
 from framework.callbacks.step import LastStep
 from framework.callbacks.throughput import Throughput
 from framework.checkpoint import (
     AtomicCheckpointIO,
-    checkpoint_step,
-    load_weights,
-    mismatch,
-    model_weights,
-    newest_checkpoint,
-    newest_intact,
-    read_checkpoint,
 )  # fmt: skip
 from framework.datamodule import StreamDataModule
 from framework.estimate import count_parameters, estimate
-from framework.logging import LocalLogger, RunLogger, masked, read_rows, say, say_text, write_summary
+from framework.logging import LocalLogger, RunLogger, masked, masked_word, read_rows, say, say_text, write_summary
+from framework.parts import Parts, build_parts, save_setup, sweep_of
 from framework.plots import loss_curve
-from framework.runs import read_state, replace_file, write_state
+from framework.runs import choices, inherited_choices, read_state, write_state
 
 NOISE = ("lightning.pytorch", "lightning.fabric", "lightning")  # loggers that repeat what we say ourselves
-
-
-@dataclass
-class Parts:
-    """What a configuration was built into."""
-
-    data: Data
-    tokenizer: Tokenizer
-    model: Any  # nn.Module and Model of the contract
-    resume_file: Path | None  # checkpoint to go on from
-    start_step: int
 
 
 def train(config: DictConfig, run_dir: Path, resuming: bool = False) -> dict[str, float]:
@@ -87,49 +66,10 @@ def train(config: DictConfig, run_dir: Path, resuming: bool = False) -> dict[str
         return session.run()
 
 
-def build_parts(config: DictConfig, run_dir: Path, resuming: bool) -> Parts:
-    """Data, model and adapter; weights of `ckpt=` loaded, the checkpoint to resume found and compared."""
-    data = build.build_data(config)
-    given = run_dir / "tokenizer" if resuming else ckpt_folder(config) / "tokenizer" if config.ckpt else None
-    data.prepare(Path(config.paths.cache_dir), SavedTokenizer.load(given) if given is not None and given.is_dir() else None)
-    model: Any = build.build_model(config, data.tokenizer.vocab_size)
-    if config.ckpt and not resuming:
-        path = Path(config.ckpt)
-        load_weights(model, path if path.is_file() else newest_checkpoint(path))
-    build.build(config.adapter).apply(model)
-    model.gradient_checkpointing = bool(config.gradient_checkpointing)
-    file = newest_intact(run_dir) if resuming else None
-    if file is not None and (difference := mismatch(model, model_weights(read_checkpoint(file)))):
-        raise UserError(f"resume: {str(file)!r} is of another architecture: {difference}")
-    return Parts(data, data.tokenizer, model, file, checkpoint_step(file) if file is not None else 0)
-
-
-def ckpt_folder(config: DictConfig) -> Path:
-    """Run directory of `ckpt=`."""
-    path = Path(config.ckpt)
-    return path if path.is_dir() else path.parent.parent
-
-
-def save_setup(config: DictConfig, run_dir: Path, parts: Parts) -> DictConfig:
-    """Write config.yaml (resolved, without secrets) and the tokenizer; return the configuration with the size of the head filled in."""
-    run_dir.mkdir(parents=True, exist_ok=True)
-    config = DictConfig(OmegaConf.to_container(config, resolve=True))
-    config.model.vocab_size = parts.model.vocab_size
-    facts = {"versions": runtime.versions(), "git": runtime.git_state()}
-    trailer = "".join(f"# {line}\n" for line in OmegaConf.to_yaml(facts).splitlines())
-    replace_file(run_dir / "config.yaml", OmegaConf.to_yaml(masked(OmegaConf.to_container(config))) + trailer)
-    parts.tokenizer.save(run_dir / "tokenizer")
-    return config
-
-
-def hydra_facts(run_dir: Path) -> dict[str, Any]:
-    """Choices of the run's groups and the name of its sweep, from what Hydra stored when the run began (a resumed command has others)."""
-    file = run_dir / ".hydra" / "hydra.yaml"
-    if not file.is_file():
-        return {"choices": {}, "sweep": None}
-    stored = OmegaConf.load(file).hydra
-    choices = {k: v for k, v in stored.runtime.choices.items() if v not in (None, "null") and not k.startswith("hydra/")}
-    return {"choices": choices, "sweep": Path(str(stored.sweep.dir)).name if str(stored.mode).endswith("MULTIRUN") else None}
+def profile_of(trainer: pl.Trainer) -> str:
+    """The table of Lightning's profiler, '' without one."""
+    profiler = trainer.profiler  # type: ignore[attr-defined]
+    return str(profiler.summary()) if hasattr(profiler, "summary") else ""
 
 
 class Session:
@@ -231,6 +171,9 @@ class Session:
         except runtime.Interrupted as stop:
             status, code = "interrupted", 128 + stop.signal
             raise
+        except Diverged:
+            status = "diverged"
+            raise
         finally:
             write_state(self.run_dir, status=status, **({"step": self.trainer.global_step} if code == 0 else {}))
             lines = [line for logger in self.loggers for line in logger.close(code, metrics)]
@@ -238,6 +181,8 @@ class Session:
                 torch._dynamo.reset()
             for line in lines:
                 say(line)
+        if profile := profile_of(self.trainer):
+            say(profile)
         say(f"next: python generate.py ckpt={self.run_dir} prompt='...'")
         say(f"or:   python train.py ckpt={self.run_dir} data=text data.path=FILE   (go on from these weights on text of your own)")
         return metrics
@@ -249,18 +194,20 @@ class Session:
         write_state(
             self.run_dir, name=config.name, seed=config.seed, status="running", created=state.get("created", now),
             step=self.parts.start_step, tokens=state.get("tokens", 0), versions=runtime.versions(), git=runtime.git_state(),
+            data=self.parts.data_state, choices=choices(self.run_dir) | inherited_choices(config.ckpt, Path(config.paths.root)),
         )  # fmt: skip
         if self.service is None:
             return
-        hydra, (trainable, total) = hydra_facts(self.run_dir), count_parameters(self.parts.model)
+        parts, sweep = read_state(self.run_dir)["choices"], sweep_of(self.run_dir)
+        trainable, total = count_parameters(self.parts.model)
         extra = {
             "params": {"trainable": trainable, "total": total}, "git": runtime.git_state(), "versions": runtime.versions(),
-            "command": shlex.join(sys.argv), "choices": hydra["choices"], "sweep": hydra["sweep"],
+            "command": shlex.join(masked_word(word) for word in sys.argv), "choices": parts, "sweep": sweep,
         }  # fmt: skip
-        tags = [*config.tags, *(f"{group}={option}"[:64] for group, option in hydra["choices"].items())]
+        tags = [*config.tags, *(f"{group}={option}"[:64] for group, option in parts.items())]
         whole = {**masked(OmegaConf.to_container(config)), **extra}
         try:
-            self.service.start(self.run_dir, {"name": self.run_dir.name, "tags": tags, "config": whole, "group": hydra["sweep"]})
+            self.service.start(self.run_dir, {"name": self.run_dir.name, "tags": tags, "config": whole, "group": sweep})
         except BaseException:
             write_state(self.run_dir, status="failed")
             raise
@@ -269,7 +216,9 @@ class Session:
         """Train, from the checkpoint where there is one."""
         config, file = self.config, self.parts.resume_file
         if config.compile.enabled:
-            self.parts.model.compile(mode=config.compile.mode, fullgraph=config.compile.fullgraph)
+            mode = config.compile.mode if config.compile.backend == "inductor" else None
+            logging.getLogger("torch._dynamo").setLevel(logging.ERROR)  # a break at each of our kernels is meant
+            self.parts.model.compile(backend=config.compile.backend, mode=mode)
         if config.validate.at_start and file is None and self.trainer.limit_val_batches:
             self.trainer.validate(self.task, datamodule=self.datamodule, verbose=False)
         path = str(file) if file is not None else None

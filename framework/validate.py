@@ -15,8 +15,8 @@ from framework.signatures import check_targets, describe, fits, nearest
 @dataclass
 class Compile:
     enabled: bool
+    backend: Literal["inductor", "aot_eager", "eager"]
     mode: Literal["default", "reduce-overhead", "max-autotune", "max-autotune-no-cudagraphs"]
-    fullgraph: bool
 
 
 @dataclass
@@ -59,7 +59,7 @@ class Paths:
 
 RUN_KEYS: dict[str, Any] = {
     "seed": int,
-    "name": str,
+    "name": str | int | float,
     "tags": list[str],
     "ckpt": str | None,
     "resume": str | None,

@@ -21,6 +21,10 @@ def gradient_norm(module: pl.LightningModule) -> Tensor:
     return torch.nn.utils.get_total_norm(grads) if grads else torch.zeros(())
 
 
+class Diverged(UserError):
+    """The run can only fail again at the same place, so `resume=auto` passes it over."""
+
+
 class NanGuard(pl.Callback):
     """Measures the gradient norm of each step (before clipping) and stops the run where it or the loss is not finite.
 
@@ -41,7 +45,7 @@ class NanGuard(pl.Callback):
         """Called after the backward, before clipping and the step itself.
 
         Raises:
-            UserError: loss or gradient is not finite.
+            Diverged: loss or gradient is not finite.
         """
         task: Any = module
         norm, loss = gradient_norm(module), task.window_loss
@@ -53,7 +57,7 @@ class NanGuard(pl.Callback):
         where = f" (first in {', '.join(n.removeprefix('model.') for n in names[:SHOWN_NAMES])})" if what == "gradient" and names else ""
         step = trainer.global_step  # optimizer steps done before this one
         saved = self.save(trainer, step)
-        raise UserError(
+        raise Diverged(
             f"{what} is not finite at step {step + 1}, batch {', '.join(str(b) for b in self.batches)}{where}; {saved}; "
             "try a lower optimizer.lr, a longer warm-up or a smaller trainer.gradient_clip_val"
         )

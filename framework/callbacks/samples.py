@@ -12,9 +12,9 @@ from components.contracts import Data, Model, SamplingParams, Tokenizer
 from framework.callbacks.exact_state import rng_state, set_rng_state
 from framework.callbacks.step import StepCallback
 from framework.callbacks.throughput import Throughput
+from framework.prompts import Renderer, held_out_prompt
 
 TEMPERATURE, TOP_P = 0.8, 0.95
-PROMPT_TOKENS = 16  # taken from the held-out text where no prompt is given
 WeightsContext = Callable[[pl.LightningModule], AbstractContextManager[None]]
 
 
@@ -65,8 +65,7 @@ def sample_writer(model: Model, tokenizer: Tokenizer, data: Data, prompt: str | 
     def write() -> str:
         from framework.engines.native import NativeEngine
 
-        ids = [tokenizer.eot_id, *tokenizer.encode(prompt)] if prompt is not None else next(iter(data.val_batches())).input_ids[0].tolist()
-        ids = ids if prompt is not None else ids[:PROMPT_TOKENS]
+        ids = held_out_prompt(data) if prompt is None else Renderer(tokenizer, data)(prompt)
         params = SamplingParams(max_new_tokens=max_new_tokens, temperature=TEMPERATURE, top_p=TOP_P, seed=seed)
         (completion,) = NativeEngine(model, tokenizer).generate([ids], params)
         return f"{tokenizer.decode(ids[1:])}[...]{completion.text}"

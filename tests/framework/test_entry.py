@@ -7,10 +7,11 @@ from hydra.core.override_parser.overrides_parser import OverridesParser
 from omegaconf import OmegaConf
 
 from components.contracts import UserError
+from framework.build import build
 from framework.entry import describe, quoted
+from framework.inherit import lay_over
 from framework.resolvers import run_dir, slug
-from framework.run import lay_over
-from framework.runs import newest_run, read_state, write_state
+from framework.runs import is_locked, locked, newest_run, read_state, write_state
 from framework.runtime import Interrupted
 
 TEXTS = ["Hello, world (x): a=b", "it's", "back\\slash", "end\\", "q\\'x", 'say "hi"', "${seed}", "[a", "", "日本, {}", "a'b\\\\"]
@@ -63,9 +64,35 @@ def test_run_folder_names(tmp_path):
     assert run_dir("auto", str(tmp_path), "n", "now", choices, 3) == str(tmp_path / "n" / "old")
 
 
-def test_resume_lays_only_what_was_typed_over_the_saved_configuration():
-    saved = OmegaConf.create({"seed": 5, "model": {"hidden_size": 8}, "logger": {"mode": "x"}, "trainer": {"max_steps": 10}})
-    composed = OmegaConf.create({"seed": 1, "model": {"hidden_size": 16}, "logger": {}, "trainer": {"max_steps": 20}})
-    assert lay_over(saved, composed, ["resume=auto", "logger=none"]) == []
+def test_resume_lays_only_what_was_typed_over_the_saved_configuration(tmp_path):
+    """Words that began the run, or name what it has, are no change: one command line both starts a run and requeues it."""
+    (tmp_path / ".hydra").mkdir()
+    (tmp_path / ".hydra" / "overrides.yaml").write_text("- seed=5\n- data=text\n")
+    (tmp_path / ".hydra" / "hydra.yaml").write_text("hydra: {runtime: {choices: {model: samba, model/size: test, optimizer: adamw}}}")
+    saved = OmegaConf.create(
+        {"seed": 5, "model": {"hidden_size": 8}, "logger": {"mode": "x"}, "trainer": {"max_steps": 10}, "optimizer": {}}
+    )
+    composed = OmegaConf.create(
+        {"seed": 1, "model": {"hidden_size": 16}, "logger": {}, "trainer": {"max_steps": 20}, "optimizer": {"a": 1}}
+    )
+    same = ["resume=auto", "logger=none", "seed=5", "data=text", "model=samba", "model/size=test"]
+    assert lay_over(saved, composed, same, tmp_path) == []
     assert saved.seed == 5 and saved.logger == {} and saved.model.hidden_size == 8
-    assert lay_over(saved, composed, ["trainer.max_steps=20", "model.hidden_size=16"]) == ["trainer.max_steps=20", "model.hidden_size=16"]
+    different = ["trainer.max_steps=20", "model.hidden_size=16", "optimizer=muon"]
+    assert lay_over(saved, composed, different, tmp_path) == different
+    with pytest.raises(UserError, match="debug=fast is a choice of a new run"):
+        lay_over(saved, composed, ["debug=fast"], tmp_path)
+
+
+def test_a_run_is_locked_while_a_process_works_on_it(tmp_path):
+    write_state(tmp_path, created="1", status="running", last_checkpoint="x")
+    with locked(tmp_path) as free:
+        assert free and is_locked(tmp_path) and newest_run(tmp_path, unfinished=True) is None
+        with locked(tmp_path) as again:
+            assert not again
+    assert not is_locked(tmp_path) and newest_run(tmp_path, unfinished=True) == tmp_path
+
+
+@pytest.mark.parametrize("text", ["${seed}", "a ${x} \\ b", "$", "\\${y}", "\\\\${y} ${z", "\\"])
+def test_text_that_looks_like_an_interpolation_stays_text(text):
+    assert build({"_target_": "torch.nn.CrossEntropyLoss", "reduction": text}).reduction == text

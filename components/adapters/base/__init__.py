@@ -15,6 +15,7 @@ from components.adapters.base.wrapping import (
     set_enabled,
     task_ids,
     unmerge,
+    unwrap,
 )
 
 __all__ = [
@@ -32,4 +33,5 @@ __all__ = [
     "set_enabled",
     "task_ids",
     "unmerge",
+    "unwrap",
 ]

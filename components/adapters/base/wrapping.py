@@ -200,6 +200,14 @@ def unmerge(model: nn.Module) -> None:
             layer.original = None
 
 
+def unwrap(model: nn.Module) -> None:
+    """Put every base layer back in the place of its wrapper and make all parameters trainable; what `merge` added stays."""
+    for name, layer in list(adapter_layers(model)):
+        parent, _, child = name.rpartition(".")
+        setattr(model.get_submodule(parent), child, layer.base_layer)
+    model.requires_grad_(True)
+
+
 def set_enabled(model: nn.Module, enabled: bool) -> None:
     """Switch all adapters of the model on or off; off, the model is its base. Raises UserError for switching a merged one off."""
     layers = [layer for _, layer in adapter_layers(model)]

@@ -1,0 +1,100 @@
+"""The parts of a run, built from its configuration: data, model, adapter, weights; and what is written down before the first step."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from omegaconf import DictConfig, OmegaConf
+
+from components.adapters.base import merge, unwrap
+from components.contracts import Data, Tokenizer, UserError
+from components.data.tokenizers import Tokenizer as SavedTokenizer
+from framework import build, runtime
+from framework.checkpoint import checkpoint_step, mismatch, model_weights, newest_intact, read_checkpoint
+from framework.logging import masked, say
+from framework.runs import read_state, replace_file
+
+
+@dataclass
+class Parts:
+    """What a configuration was built into."""
+
+    data: Data
+    tokenizer: Tokenizer
+    model: Any  # nn.Module and Model of the contract
+    resume_file: Path | None  # checkpoint to go on from
+    start_step: int
+    data_state: dict[str, Any] | None  # what the data must still be when the run is resumed; None where the option does not say
+
+
+def build_parts(config: DictConfig, run_dir: Path, resuming: bool) -> Parts:
+    """Data, model and adapter; weights of `ckpt=` loaded, the checkpoint to resume found and compared."""
+    data: Any = build.build_data(config)
+    source = build.load_run(config.ckpt) if config.ckpt and not resuming else None
+    own = run_dir / "tokenizer"
+    given = source.tokenizer if source is not None else SavedTokenizer.load(own) if resuming and own.is_dir() else None
+    data.prepare(Path(config.paths.cache_dir), given)
+    if source is not None:
+        model = without_adapter(source)
+        config.model.vocab_size = model.vocab_size
+    else:
+        model = build.build_model(config, data.tokenizer.vocab_size)
+    build.build(config.adapter).apply(model)
+    model.train()
+    model.gradient_checkpointing = bool(config.gradient_checkpointing)
+    file = newest_intact(run_dir) if resuming else None
+    if file is not None and (difference := mismatch(model, model_weights(read_checkpoint(file)))):
+        raise UserError(f"resume: {str(file)!r} is of another architecture: {difference}")
+    data_state = getattr(data, "fingerprint", None)
+    if file is not None and not config.resume_force:
+        check_same_data(data_state, run_dir, config)
+    return Parts(data, data.tokenizer, model, file, checkpoint_step(file) if file is not None else 0, data_state)
+
+
+def without_adapter(run: build.Run) -> Any:
+    """The run's model as plain weights: what an adapter learned is added to them."""
+    if merge(run.model)["modules"]:
+        say(f"ckpt: the adapter of {run.path} was merged into its weights")
+        unwrap(run.model)
+    return run.model
+
+
+def check_same_data(now: dict[str, Any] | None, run_dir: Path, config: DictConfig) -> None:
+    """Compare the data with what run_state.json says that the run began on; a run that says nothing (an older one) passes.
+
+    Raises:
+        UserError: text or epoch is another, so that the place in the epoch would mean other tokens.
+    """
+    before = read_state(run_dir).get("data")
+    if not before or not now or before == now:
+        return
+    names = {"train": "training text", "val": "held-out text", "epoch_rows": "rows of an epoch"}
+    changed = ", ".join(names.get(key, key) for key in sorted({*before, *now}) if before.get(key) != now.get(key))
+    path = OmegaConf.select(config, "data.path")
+    where = f" (data.path={build.plain(path)})" if path is not None else ""
+    raise UserError(
+        f"resume: the data changed since {run_dir} began: {changed}{where}; put it back, start a new run, or add resume_force=true"
+    )
+
+
+def save_setup(config: DictConfig, run_dir: Path, parts: Parts) -> DictConfig:
+    """Write config.yaml (resolved, without secrets) and the tokenizer; return the configuration with the size of the head filled in."""
+    run_dir.mkdir(parents=True, exist_ok=True)
+    config = DictConfig(OmegaConf.to_container(config, resolve=True))
+    config.model.vocab_size = parts.model.vocab_size
+    facts = {"versions": runtime.versions(), "git": runtime.git_state()}
+    trailer = "".join(f"# {line}\n" for line in OmegaConf.to_yaml(facts).splitlines())
+    replace_file(run_dir / "config.yaml", OmegaConf.to_yaml(masked(OmegaConf.to_container(config))) + trailer)
+    parts.tokenizer.save(run_dir / "tokenizer")
+    return config
+
+
+def sweep_of(run_dir: Path) -> str | None:
+    """Name of the sweep that the run belongs to, from what Hydra stored when it began."""
+    file = run_dir / ".hydra" / "hydra.yaml"
+    if not file.is_file():
+        return None
+    stored = OmegaConf.load(file).hydra
+    return Path(str(stored.sweep.dir)).name if str(stored.mode).endswith("MULTIRUN") else None

@@ -1,0 +1,148 @@
+"""`python -m framework.report DIR ...`: a report of the runs below the folders, in three files; see `--help`."""
+
+from __future__ import annotations
+
+import argparse
+import importlib.util
+import json
+import os
+import sys
+from pathlib import Path
+from typing import Any
+
+from components.contracts import UserError
+from framework.runs import replace_file
+
+ROOT = Path(__file__).resolve().parents[2]
+EXAMPLES = """examples:
+  python -m framework.report multirun/NAME/DATE                      report.md, table.csv and report.html in that folder
+  python -m framework.report outputs/a outputs/b --out comparison    several folders as one report
+  python -m framework.report DIR --metric val/bits_per_byte          compare by another figure
+  python -m framework.report DIR --wandb ENTITY/PROJECT              besides, a W&B report of the same runs
+  python -m framework.report --matrix                                the interchange matrix, measured now
+"""
+
+
+def arguments(argv: list[str] | None) -> argparse.Namespace:
+    """Parse the words of the command line."""
+    parser = argparse.ArgumentParser(
+        prog="python -m framework.report",
+        description="Report on runs: tables, curves with spread over seeds, paired differences, failures.",
+        epilog=EXAMPLES, formatter_class=argparse.RawDescriptionHelpFormatter,
+    )  # fmt: skip
+    parser.add_argument("folders", nargs="*", metavar="DIR", help="a sweep, a run, or any folder with runs below it")
+    parser.add_argument("--out", metavar="DIR", help="where the files go (default: the folder itself; of several, the one above all)")
+    parser.add_argument("--metric", help="figure of metrics.json to compare by (default: the runs' optimized_metric)")
+    parser.add_argument("--higher-is-better", action="store_true", help="of that figure (default: lower)")
+    parser.add_argument("--wandb", metavar="ENTITY/PROJECT", help="build a W&B report too; needs an API key and the extra 'report'")
+    parser.add_argument("--matrix", action="store_true", help="publish the interchange matrix (default of --out: docs)")
+    parser.add_argument("--traceback", action="store_true", help="show the traceback of an error")
+    return parser.parse_args(argv)
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Run the command and return its exit code."""
+    words = arguments(argv)
+    try:
+        return matrix(words) if words.matrix else build(words)
+    except (Exception, KeyboardInterrupt) as error:
+        from framework.entry import report
+
+        return report(error, words.traceback)
+
+
+def optional_module(name: str) -> Any:
+    """A module of the framework that this copy may lack: the module, or None."""
+    if importlib.util.find_spec(name) is None:
+        return None
+    return importlib.import_module(name)
+
+
+def matrix(words: argparse.Namespace) -> int:
+    """Publish the interchange matrix."""
+    module = optional_module("framework.matrix")
+    if module is None:
+        raise UserError("--matrix: this copy has no framework/matrix.py")
+    if words.folders:
+        raise UserError(f"--matrix: {words.folders[0]!r} does not go with it; it takes no folders (where to write is --out DIR)")
+    folder = Path(words.out) if words.out else ROOT / "docs"
+    folder.mkdir(parents=True, exist_ok=True)
+    print(f"matrix: {module.publish(folder)}")
+    return 0
+
+
+def build(words: argparse.Namespace) -> int:
+    """Read, summarise, write; a W&B report where one is asked for."""
+    if not words.folders:
+        raise UserError("DIR: none given; name a sweep, e.g. python -m framework.report multirun/NAME/DATE")
+    from framework.report.markdown import markdown
+    from framework.report.page import page
+    from framework.report.read import read_all
+    from framework.report.summary import summarise
+    from framework.report.text import table_csv
+
+    folders = [Path(word) for word in words.folders]
+    target = entity_and_project(words.wandb) if words.wandb else None
+    summary = summarise(folders, read_all(folders), words.metric, words.higher_is_better)
+    if len(folders) == 1:
+        summary.sweep = read_sweep(folders[0])
+    code, summary.verdict = judge(folders)
+    for run in summary.runs:
+        if run.problem:
+            print(f"warning: {run.problem}; the run is left out", file=sys.stderr)
+    out = Path(words.out) if words.out else folders[0] if len(folders) == 1 else Path(os.path.commonpath([f.resolve() for f in folders]))
+    out.mkdir(parents=True, exist_ok=True)
+    replace_file(out / "report.md", markdown(summary))
+    replace_file(out / "table.csv", table_csv(summary))
+    replace_file(out / "report.html", page(summary))
+    if target:
+        from framework.report.workspace import publish
+
+        url = publish(summary, *target)
+        if len(folders) == 1 and (folders[0] / "sweep.json").is_file():
+            replace_file(folders[0] / "sweep.json", json.dumps({**summary.sweep, "report": url}, indent=2) + "\n")
+        print(f"W&B report: {url}")
+    print(f"report: {out / 'report.html'} (also report.md and table.csv)")
+    return code
+
+
+def entity_and_project(word: str) -> tuple[str, str]:
+    """Both halves of ENTITY/PROJECT.
+
+    Raises:
+        UserError: it has not exactly two.
+    """
+    parts = word.split("/")
+    if len(parts) != 2 or not all(parts):
+        raise UserError(f"--wandb: {word!r} is not ENTITY/PROJECT, e.g. --wandb my-team/patchbay")
+    return parts[0], parts[1]
+
+
+def read_sweep(folder: Path) -> dict[str, Any]:
+    """sweep.json of a sweep; {} where there is none."""
+    try:
+        content = json.loads((folder / "sweep.json").read_text())
+    except (OSError, ValueError):
+        return {}
+    return content if isinstance(content, dict) else {}
+
+
+def judge(folders: list[Path]) -> tuple[int, dict[str, Any] | None]:
+    """Exit code and verdict of the claim that the sweep carries, if it carries one. A claim that cannot be judged is said, and the rest
+    of the report is still made."""
+    from framework.entry import describe
+
+    module = optional_module("framework.claims")
+    if module is None or len(folders) != 1:
+        return 0, None
+    try:
+        return 0, module.judge(folders[0])
+    except UserError as error:
+        lines, code = describe(error)
+        for line in lines:
+            print(f"error: {line}", file=sys.stderr)
+        return code, None
+
+
+if __name__ == "__main__":
+    sys.exit(main())

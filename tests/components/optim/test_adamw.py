@@ -19,7 +19,9 @@ def test_equals_torch(fused):
     ours, theirs = TinyModel(), TinyModel()
     train(ours, adamw(named_parameters(ours), **{**ADAMW, "fused": fused}), 6)
     train(
-        theirs, torch.optim.AdamW(theirs.parameters(), lr=3e-3, betas=(0.9, 0.95), eps=1e-8, weight_decay=0.1, fused=fused is not False), 6
+        theirs,
+        torch.optim.AdamW(theirs.parameters(), lr=ADAMW["lr"], betas=(0.9, 0.95), eps=1e-8, weight_decay=0.1, fused=fused is not False),
+        6,
     )
     for a, b in zip(ours.parameters(), theirs.parameters(), strict=True):
         assert torch.equal(a, b)

@@ -67,7 +67,7 @@ def test_table_adds_up():
         "roles": "qkv,o",
         "tensors": 2,
         "parameters": 16 * 8 + 8 * 8,
-        "lr": 0.01,
+        "lr": MUON["lr"],
         "weight_decay": 0.1,
         "state_bytes_per_parameter": 4,
     }

@@ -202,7 +202,7 @@ def test_one_schedule_scales_both_kinds_and_closure_runs_once():
 
     assert optimizer.step(closure) == 7.0 and calls == [True]
     schedule.step()
-    assert {group["kind"]: group["lr"] for group in optimizer.param_groups} == {"muon": 0.005, "adamw": 0.0015}
+    assert {group["kind"]: group["lr"] for group in optimizer.param_groups} == {"muon": MUON["lr"] / 2, "adamw": MUON["adamw_lr"] / 2}
 
 
 def test_learns():

@@ -1,0 +1,161 @@
+"""Cells of the interchange matrix: which there are, which may be refused, and whether what became of one is right.
+
+Options are found by listing the folders of conf/, so a new one joins by existing. What may be refused stands in `RULES` alone.
+"""
+
+from __future__ import annotations
+
+import itertools
+from dataclasses import dataclass, field
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+import lightning.pytorch as pl
+import torch
+import yaml
+
+from framework import overrides
+from framework.overrides import group_options
+from framework.signatures import locate
+
+Cell = dict[str, str]  # {group or key: value}, without those that have their default
+CROSS = ("model", "adapter", "optimizer", "rope")  # groups whose options are all combined; those of the other groups come one at a time
+APART = ("model/size", "model/overlay", "experiment", "local", "debug", "sweep")  # not parts that one exchanges for another
+RULES = Path(__file__).resolve().parent.parent / "tests" / "illegal_cells.yaml"
+SEED, STEPS = 1, 2
+
+
+@dataclass(frozen=True)
+class Rule:
+    """Cells that are refused on purpose. needs: what a machine must have for them to work after all. instead: words that make it legal."""
+
+    cell: dict[str, list[str]]
+    reason: str
+    message: str
+    needs: str | None = None
+    instead: dict[str, str] = field(default_factory=dict)
+
+    def covers(self, cell: Cell) -> bool:
+        """Is this cell, defaults filled in, one of the rule's?"""
+        whole = {**defaults("generate"), **defaults("train"), **cell}
+        return all(str(whole.get(key)) in values for key, values in self.cell.items())
+
+    def cells(self) -> list[Cell]:
+        """Every combination that the rule names."""
+        return [dict(zip(self.cell, values)) for values in itertools.product(*self.cell.values())]
+
+    @property
+    def holds_here(self) -> bool:
+        return self.needs != "cuda" or not torch.cuda.is_available()
+
+
+@dataclass(frozen=True)
+class Still:
+    """Trainable parameters, by a regex of their names, that may stand still in the cells of `rule`."""
+
+    rule: Rule
+    parameters: str
+
+
+@dataclass
+class Outcome:
+    """What became of a cell. status: trained, refused (message says why) or failed (problems, and `error` where one was raised)."""
+
+    cell: Cell
+    status: str = "trained"
+    message: str = ""
+    problems: list[str] = field(default_factory=list)
+    loss: float | None = None  # nats a token at the second step
+    seconds: float | None = None  # of the second step
+    memory_bytes: int | None = None  # weights, gradients, optimizer state, and what the backward keeps
+    error: Exception | None = None
+
+
+def read_rules(path: Path | None = None) -> tuple[list[Rule], list[Still]]:
+    """The reviewed file: combinations refused on purpose, and parameters that may stand still."""
+    stored = yaml.safe_load((path or RULES).read_text())
+
+    def values(cell: dict[str, Any]) -> dict[str, list[str]]:
+        return {key: [str(v) for v in (value if isinstance(value, list) else [value])] for key, value in cell.items()}
+
+    rules = [Rule(**{**entry, "cell": values(entry["cell"])}) for entry in stored["illegal"]]
+    still = [Still(Rule(values(entry["cell"]), entry["reason"], ""), entry["parameters"]) for entry in stored["still"]]
+    return rules, still
+
+
+@cache
+def _defaults(file: Path) -> dict[str, str]:
+    entries = yaml.safe_load(file.read_text())["defaults"]
+    pairs = {key: value for entry in entries if isinstance(entry, dict) for key, value in entry.items()}
+    return {key: value for key, value in pairs.items() if value is not None and " " not in key}
+
+
+def defaults(config_name: str) -> dict[str, str]:
+    """{group: default option} of train.yaml or generate.yaml."""
+    return _defaults(overrides.CONF / f"{config_name}.yaml")
+
+
+def cross_cells() -> list[Cell]:
+    """Every combination of the options of `CROSS`."""
+    return [dict(zip(CROSS, options)) for options in itertools.product(*(group_options(group) for group in CROSS))]
+
+
+def covering_cells() -> list[Cell]:
+    """A few of `cross_cells` in which every option occurs."""
+    options = {group: group_options(group) for group in CROSS}
+    return [{group: names[i % len(names)] for group, names in options.items()} for i in range(max(map(len, options.values())))]
+
+
+def single_cells(config_name: str) -> list[Cell]:
+    """Every option of the other groups of a command, alone against the defaults."""
+    cells = []
+    for group in defaults(config_name):
+        if group in CROSS or group in APART or group.startswith(("override", "hydra")):
+            continue
+        cells += [{group: option} for option in group_options(group) if fits(config_name, group, option)]
+    return cells
+
+
+def fits(config_name: str, group: str, option: str) -> bool:
+    """Does an option of a group that both commands have belong to this one? A training task is a LightningModule."""
+    if group != "task":
+        return True
+    target = locate(yaml.safe_load((overrides.CONF / group / f"{option}.yaml").read_text())["_target_"])
+    return issubclass(target, pl.LightningModule) == (config_name == "train")  # type: ignore[arg-type]
+
+
+def legal_cells(rules: list[Rule]) -> list[Cell]:
+    """For each rule that says what makes its option legal: that."""
+    return [{**dict([next((key, values[0]) for key, values in rule.cell.items())]), **rule.instead} for rule in rules if rule.instead]
+
+
+def verdict(outcome: Outcome, rules: list[Rule]) -> str | None:
+    """What is wrong with an outcome given the rules; None when it is as it should be."""
+    rule = next((rule for rule in rules if rule.holds_here and rule.covers(outcome.cell)), None)
+    name = label(outcome.cell)
+    if outcome.status == "failed":
+        return f"{name}: {'; '.join(outcome.problems)}"
+    if outcome.status == "refused" and rule is None:
+        return f"{name}: refused ({outcome.message}), but {RULES.name} does not list it; make it work, or list it with its reason"
+    if outcome.status == "refused" and rule is not None and rule.message not in outcome.message:
+        return f"{name}: refused with {outcome.message!r}; {RULES.name} promises {rule.message!r}"
+    if outcome.status == "trained" and rule is not None:
+        return f"{name}: works, but {RULES.name} lists it as illegal; take it out"
+    return None
+
+
+def label(cell: Cell) -> str:
+    """A cell as words of a command line."""
+    return " ".join(f"{key}={value}" for key, value in cell.items())
+
+
+def mark_twins(outcomes: list[Outcome]) -> None:
+    """Make failures of trained cells whose losses are equal to the last bit: an option that makes no difference is not in use."""
+    first: dict[float, Cell] = {}
+    for outcome in outcomes:
+        if outcome.status == "trained" and outcome.loss is not None:
+            other = first.setdefault(outcome.loss, outcome.cell)
+            if other is not outcome.cell:
+                outcome.status = "failed"
+                outcome.problems.append(f"the loss is exactly that of {label(other)}; an option has no effect")

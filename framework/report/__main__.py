@@ -77,7 +77,7 @@ def build(words: argparse.Namespace) -> int:
         raise UserError("DIR: none given; name a sweep, e.g. python -m framework.report multirun/NAME/DATE")
     from framework.report.markdown import markdown
     from framework.report.page import page
-    from framework.report.read import read_all
+    from framework.report.read import SWEEP_FILE, read_all, read_sweep
     from framework.report.summary import summarise
     from framework.report.text import table_csv
 
@@ -86,7 +86,7 @@ def build(words: argparse.Namespace) -> int:
     summary = summarise(folders, read_all(folders), words.metric, words.higher_is_better)
     if len(folders) == 1:
         summary.sweep = read_sweep(folders[0])
-    code, summary.verdict = judge(folders)
+    code, summary.verdict, summary.verdict_lines = judge(folders)
     for run in summary.runs:
         if run.problem:
             print(f"warning: {run.problem}; the run is left out", file=sys.stderr)
@@ -95,14 +95,14 @@ def build(words: argparse.Namespace) -> int:
     replace_file(out / "report.md", markdown(summary))
     replace_file(out / "table.csv", table_csv(summary))
     replace_file(out / "report.html", page(summary))
+    print(f"report: {out / 'report.html'} (also report.md and table.csv)")
     if target:
         from framework.report.workspace import publish
 
         url = publish(summary, *target)
-        if len(folders) == 1 and (folders[0] / "sweep.json").is_file():
-            replace_file(folders[0] / "sweep.json", json.dumps({**summary.sweep, "report": url}, indent=2) + "\n")
+        if len(folders) == 1 and (folders[0] / SWEEP_FILE).is_file():
+            replace_file(folders[0] / SWEEP_FILE, json.dumps({**summary.sweep, "report": url}, indent=2) + "\n")
         print(f"W&B report: {url}")
-    print(f"report: {out / 'report.html'} (also report.md and table.csv)")
     return code
 
 
@@ -118,30 +118,24 @@ def entity_and_project(word: str) -> tuple[str, str]:
     return parts[0], parts[1]
 
 
-def read_sweep(folder: Path) -> dict[str, Any]:
-    """sweep.json of a sweep; {} where there is none."""
-    try:
-        content = json.loads((folder / "sweep.json").read_text())
-    except (OSError, ValueError):
-        return {}
-    return content if isinstance(content, dict) else {}
+def judge(folders: list[Path]) -> tuple[int, dict[str, Any] | None, list[str]]:
+    """Exit code, verdict and its words, of the claim that the sweep carries (None where it carries none).
 
-
-def judge(folders: list[Path]) -> tuple[int, dict[str, Any] | None]:
-    """Exit code and verdict of the claim that the sweep carries, if it carries one. A claim that cannot be judged is said, and the rest
-    of the report is still made."""
+    A claim that cannot be judged is said, and the rest of the report is still made.
+    """
     from framework.entry import describe
 
     module = optional_module("framework.claims")
     if module is None or len(folders) != 1:
-        return 0, None
+        return 0, None, []
     try:
-        return 0, module.judge(folders[0])
+        verdict = module.judge(folders[0])
     except UserError as error:
         lines, code = describe(error)
         for line in lines:
             print(f"error: {line}", file=sys.stderr)
-        return code, None
+        return code, None, []
+    return 0, verdict, module.lines(verdict) if verdict else []
 
 
 if __name__ == "__main__":

@@ -11,6 +11,7 @@ import math
 import re
 from collections.abc import Callable
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 
@@ -127,8 +128,8 @@ def interval_figure(pairs: list[Paired], metric: str) -> str | None:
 
     def bars(axes) -> None:
         for y, pair in enumerate(reversed(bounded)):
-            color = STAND_INS["series-0"] if pair.clear else STAND_INS["ink"]
-            axes.plot([pair.low, pair.high], [y, y], color=color, linewidth=2.2, solid_capstyle="round", alpha=1 if pair.clear else 0.6)
+            color = STAND_INS["series-0"] if pair.sure else STAND_INS["ink"]
+            axes.plot([pair.low, pair.high], [y, y], color=color, linewidth=2.2, solid_capstyle="round", alpha=1 if pair.sure else 0.6)
             axes.plot([pair.mean], [y], "o", color=color, markersize=6)
         axes.axvline(0, color=STAND_INS["ink"], linewidth=0.8, linestyle=(0, (3, 3)))
         axes.set_yticks(range(len(bounded)), [f"{pair.first}\n− {pair.second}" for pair in reversed(bounded)])
@@ -148,7 +149,7 @@ def draw(paint: Callable, size: tuple[float, float], label: str) -> str:
     from matplotlib.figure import Figure
 
     ink = STAND_INS["ink"]
-    style = {"svg.fonttype": "none", "svg.hashsalt": label, "font.size": 9, "font.family": "sans-serif", "axes.edgecolor": ink,
+    style: Any = {"svg.fonttype": "none", "svg.hashsalt": label, "font.size": 9, "font.family": "sans-serif", "axes.edgecolor": ink,
              "axes.labelcolor": ink, "xtick.color": ink, "ytick.color": ink, "text.color": ink, "axes.axisbelow": True}  # fmt: skip
     buffer = io.StringIO()
     with matplotlib.rc_context(style):

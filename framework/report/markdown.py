@@ -25,7 +25,7 @@ def markdown(summary: Summary) -> str:
     if command := summary.sweep.get("command"):
         parts.append(f"Made by `{command}`")
     if summary.verdict:
-        parts += ["## Claim", *claim(summary.verdict)]
+        parts += ["## Claim", *claim(summary)]
     if summary.configurations:
         parts += ["## Results", results(summary), "## Cost (means over seeds)", costs(summary)]
     if summary.pairs:
@@ -33,8 +33,7 @@ def markdown(summary: Summary) -> str:
     if summary.differing:
         parts += ["## Configurations", "Only keys that differ.", differing(summary)]
     if summary.unfinished:
-        rows = [(run.path.name, run.status, run.seed, run.error, run.command) for run in summary.unfinished]
-        parts += ["## Not finished", "These take no part in the figures above.", table(("job", "status", "seed", "error", "command"), rows)]
+        parts += ["## Not finished", "These take no part in the figures above.", unfinished(summary)]
     if summary.repeated:
         rows = [(run.path.name, run.seed, run.metrics.get(summary.metric, "–")) for run in summary.repeated]
         parts += [
@@ -47,15 +46,15 @@ def markdown(summary: Summary) -> str:
 
 
 PAIRED_NOTE = (
-    "First minus second, seed by seed; the interval is mean(d) ± t(0.975, n − 1) · sd(d) / √n of Student's t, not corrected for the number "
-    "of comparisons."
+    "First minus second, seed by seed; the interval is mean(d) ± t(0.975, n − 1) · sd(d) / √n of Student's t. The last column also asks "
+    "whether a difference stands when all comparisons are made at once (Bonferroni)."
 )
 
 
-def claim(verdict: dict) -> list[str]:
-    """The verdict and what it rests on."""
-    rows = [(key, value) for key, value in verdict.items() if not isinstance(value, (dict, list)) and key not in ("verdict", "statement")]
-    return [f"**{verdict.get('verdict', '?')}**: {verdict.get('statement', '')}", table(("", ""), rows)]
+def claim(summary: Summary) -> list[str]:
+    """The verdict, then what it rests on."""
+    first, *rest = summary.verdict_lines
+    return [f"**{first}**", *(["\n".join(f"- {line.strip()}" for line in rest)] if rest else [])]
 
 
 def results(summary: Summary) -> str:
@@ -82,7 +81,13 @@ def costs(summary: Summary) -> str:
 
 def pairs(summary: Summary) -> str:
     rows = [
-        (f"{p.first} − {p.second}", len(p.seeds), text.number(p.mean), text.interval(p), text.reading(p, summary.higher))
+        (
+            f"{p.first} − {p.second}",
+            len(p.seeds),
+            text.number(p.mean),
+            text.interval(p),
+            text.reading(p, summary.higher, len(summary.pairs)),
+        )
         for p in summary.pairs
     ]
     return table(("difference", "n seeds", f"mean of {summary.metric}", "95 % interval", "reading"), rows)
@@ -90,6 +95,11 @@ def pairs(summary: Summary) -> str:
 
 def differing(summary: Summary) -> str:
     return table(["key", *(c.label for c in summary.configurations)], [[key, *values] for key, values in summary.differing])
+
+
+def unfinished(summary: Summary) -> str:
+    rows = [(run.path.name, run.status, run.seed, run.error, run.command) for run in summary.unfinished]
+    return table(("job", "status", "seed", "error", "command"), rows)
 
 
 def commands(summary: Summary) -> str:

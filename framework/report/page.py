@@ -12,6 +12,7 @@ from framework.report.summary import ONE_SEED, Paired, Summary
 
 LIGHT = ("#2563a8", "#c8502d", "#2f8f5b", "#8a4fb0", "#b8860b", "#0f8b8d", "#c2407a", "#5f6b7a")
 DARK = ("#6aaef0", "#f08a66", "#63c78f", "#c091e6", "#e0b64a", "#4fc9cb", "#f07fb2", "#a9b4c2")
+FOLD_ABOVE = 20  # rows of the list of differing keys
 
 STYLE = """
 :root { color-scheme: light dark; --bg: #fbfbfa; --card: #ffffff; --ink: #23282f; --soft: #626b76; --grid: #e4e6e9; --accent: #2563a8;
@@ -37,13 +38,15 @@ tr.best td { background: var(--mark); }
 .swatch.dashed { background: repeating-linear-gradient(90deg, var(--c) 0 4px, transparent 4px 6px); }
 .legend { display: flex; flex-wrap: wrap; gap: 4px 20px; margin: 8px 0; font-size: 14px; }
 .plots { display: grid; grid-template-columns: repeat(auto-fit, minmax(320px, 1fr)); gap: 14px; }
-figure { margin: 0; padding: 10px; } svg { display: block; width: 100%; height: auto; } svg text { font-family: inherit; }
+figure { margin: 0; padding: 10px; } svg { display: block; width: 100%; height: auto; }
+.wide svg { min-width: 620px; } svg text { font-family: inherit; }
 code, pre { font: 12.5px/1.5 ui-monospace, SFMono-Regular, Menlo, Consolas, monospace; }
 pre { margin: 4px 0 12px; padding: 9px 12px; white-space: pre-wrap; overflow-wrap: anywhere; }
-td code { overflow-wrap: anywhere; }
+td code { overflow-wrap: anywhere; } td:first-child { min-width: 170px; } td:first-child code { overflow-wrap: normal; }
+td:nth-last-child(n+2) code { white-space: nowrap; }
 details > summary { cursor: pointer; color: var(--accent); margin: 6px 0; }
 .good { color: var(--good); font-weight: 600; } .bad { color: var(--bad); font-weight: 600; }
-.verdict { padding: 14px 18px; border-left: 5px solid var(--accent); }
+.verdict { padding: 14px 18px; margin: 14px 0; border-left: 5px solid var(--accent); }
 .verdict.SUPPORTED { border-left-color: var(--good); } .verdict.NOT { border-left-color: var(--bad); }
 @media print { body { background: #fff; } .card { break-inside: avoid; } }
 """
@@ -82,7 +85,7 @@ def page(summary: Summary) -> str:
     parts = [f"<h1>{esc(summary.title)}</h1>", f'<p class="soft">{esc(text.counts(summary))} · {esc(when(summary))}</p>']
     parts.append(f'<p class="lead">{esc(text.headline(summary))}</p>')
     if summary.verdict:
-        parts.append(verdict(summary.verdict))
+        parts.append(verdict(summary))
     if summary.configurations:
         parts += ["<h2>Results</h2>", results(summary), pairs(summary), curves(summary), "<h2>Cost</h2>", costs(summary)]
     if summary.unfinished:
@@ -90,7 +93,10 @@ def page(summary: Summary) -> str:
     if summary.differing:
         columns = ["key", *(c.label for c in summary.configurations)]
         rows = [[f"<code>{esc(key)}</code>", *(f"<code>{esc(v)}</code>" for v in values)] for key, values in summary.differing]
-        parts += ["<h2>Configurations</h2>", '<p class="soft">Only keys that differ.</p>', table(columns, rows)]
+        listed = table(columns, rows)
+        if len(rows) > FOLD_ABOVE:
+            listed = f"<details><summary>{len(rows)} keys differ</summary>{listed}</details>"
+        parts += ["<h2>Configurations</h2>", '<p class="soft">Only keys that differ.</p>', listed]
     parts += ["<h2>Commands</h2>", commands(summary), runs(summary)]
     head = f'<meta charset="utf-8"><meta name="viewport" content="width=device-width, initial-scale=1"><title>{esc(summary.title)}</title>'
     body = "\n".join(part for part in parts if part)
@@ -100,20 +106,18 @@ def page(summary: Summary) -> str:
 def when(summary: Summary) -> str:
     """First and last day of the runs."""
     days = sorted(run.created[:16].replace("T", " ") for run in summary.runs if run.created)
-    return f"{days[0]} to {days[-1]} UTC" if days else "no dates"
+    if not days:
+        return "no dates"
+    return f"{days[0]} to {days[-1]} UTC" if days[0] != days[-1] else f"{days[0]} UTC"
 
 
-def verdict(content: dict) -> str:
+def verdict(summary: Summary) -> str:
     """The claim's verdict as a box."""
-    word = str(content.get("verdict", "?"))
-    rows = [
-        [esc(key), esc(value)]
-        for key, value in content.items()
-        if not isinstance(value, (dict, list)) and key not in ("verdict", "statement")
-    ]
-    inner = f"<p><strong>{esc(word)}</strong>: {esc(content.get('statement', ''))}</p>"
-    details = f"<details><summary>what it rests on</summary>{table(('', ''), rows)}</details>" if rows else ""
-    return f'<div class="card verdict {esc(word.split()[0])}">{inner}{details}</div>'
+    first, *rest = summary.verdict_lines
+    word, _, statement = first.partition(":")
+    items = "".join(f"<li>{esc(line.strip())}</li>" for line in rest)
+    inner = f"<p><strong>{esc(word)}</strong>: {esc(statement.strip())}</p>" + (f"<ul>{items}</ul>" if items else "")
+    return f'<div class="card verdict {esc(word.split()[0])}">{inner}</div>'
 
 
 def results(summary: Summary) -> str:
@@ -139,20 +143,19 @@ def pairs(summary: Summary) -> str:
     if not summary.pairs:
         return ""
     figure = interval_figure(summary.pairs, summary.metric)
-    picture = f'<figure class="card">{figure}</figure><br>' if figure else ""
+    picture = f'<figure class="card scroll wide">{figure}</figure><br>' if figure else ""
+    m = len(summary.pairs)
     rows = [
-        [
-            f"{esc(p.first)} − {esc(p.second)}", str(len(p.seeds)), text.number(p.mean), esc(text.interval(p)), reading(p, summary.higher)
-        ]
+        [f"{esc(p.first)} − {esc(p.second)}", str(len(p.seeds)), text.number(p.mean), esc(text.interval(p)), reading(p, summary.higher, m)]
         for p in summary.pairs
-    ]  # fmt: skip
+    ]
     columns = ("difference", "seeds", f"mean of {summary.metric}", "95 % interval", "reading")
     return f'<h2>Paired differences</h2>{picture}{table(columns, rows, (1, 2, 3))}<p class="soft">{esc(PAIRED_NOTE)}</p>'
 
 
-def reading(pair: Paired, higher: bool) -> str:
-    words = esc(text.reading(pair, higher))
-    return f'<span class="good">{words}</span>' if pair.clear else words
+def reading(pair: Paired, higher: bool, comparisons: int) -> str:
+    words = esc(text.reading(pair, higher, comparisons))
+    return f'<span class="good">{words}</span>' if pair.sure else words
 
 
 def curves(summary: Summary) -> str:

@@ -16,12 +16,16 @@ from typing import Any
 import yaml
 
 from components.contracts import UserError
-from framework.runs import STATE_FILE
+from framework.runs import STATE_FILE, is_locked
 
 INSIDE_A_RUN = {"checkpoints", "wandb", "tokenizer", ".hydra"}
-ERROR_FILES = ("error.txt", "FAILED", "FAILED.txt")
+SWEEP_FILE, ERROR_FILE = "sweep.json", "error.txt"
 ERROR_CHARACTERS = 400  # of a failed job's message that are shown
 UNSTARTED = "not started"
+PLAIN = {  # statuses that need no message of their own
+    UNSTARTED: "it has not begun; resume the sweep", "running": "it is still at work", "killed": "its process is gone; resume it",
+    "interrupted": "stopped by a signal; resume it", "diverged": "the loss was no longer finite",
+}  # fmt: skip
 
 
 @dataclass
@@ -34,6 +38,7 @@ class RunData:
     choices: dict[str, str]  # option chosen in each group
     overrides: list[str]  # words of the command line that made it
     metrics: dict[str, float]  # final figures, finite ones only
+    in_sweep: bool = False  # was it a job of a multirun?
     problem: str | None = None  # what could not be read, one line
     rows: list[dict[str, float]] = field(default_factory=list)  # of metrics.csv, each with "step"
 
@@ -45,7 +50,7 @@ class RunData:
 
     @property
     def status(self) -> str:
-        """done, failed, interrupted, running, not started, or unreadable."""
+        """done, diverged, failed, interrupted, running, killed, not started, or unreadable."""
         return "unreadable" if self.problem else str(self.state.get("status", UNSTARTED))
 
     @property
@@ -55,7 +60,8 @@ class RunData:
     @property
     def command(self) -> str:
         """The line that makes this run alone."""
-        return shlex.join(["python", "train.py", *self.overrides])
+        single = ["hydra.mode=RUN"] if any(w.startswith(("experiment=", "sweep=")) for w in self.overrides) and self.in_sweep else []
+        return shlex.join(["python", "train.py", *self.overrides, *single])
 
     @cached_property
     def error(self) -> str:
@@ -64,9 +70,10 @@ class RunData:
             return self.problem
         if isinstance(said := self.state.get("error"), str) and said.strip():
             return shortened(said)
-        for name in ERROR_FILES:
-            if text := read_text(self.path / name):
-                return shortened(text)
+        if text := read_text(self.path / ERROR_FILE):
+            return shortened(text)
+        if self.status in PLAIN:
+            return PLAIN[self.status]
         lines = (read_text(self.path / "train.log") or "").strip().splitlines()
         return f"no message; last line of train.log: {shortened(lines[-1])}" if lines else "no message in its folder"
 
@@ -107,9 +114,9 @@ def find_runs(folder: Path) -> list[Path]:
 
 def is_failed_job(path: Path, files: list[str]) -> bool:
     """Is this the folder of a training job that failed before it became a run? A sweep leaves its words and an error there."""
-    stored = read_yaml(path / ".hydra" / "hydra.yaml").get("hydra", {})
+    stored: dict[str, Any] = read_yaml(path / ".hydra" / "hydra.yaml").get("hydra") or {}
     of_training = (stored.get("job") or {}).get("name") == "train"
-    return of_training or any(name in files for name in ERROR_FILES)
+    return of_training or ERROR_FILE in files
 
 
 def job_order(path: Path) -> tuple[str, int, str]:
@@ -131,18 +138,28 @@ def read_run(path: Path) -> RunData:
     """Read one run directory. What is broken is told in `problem`, never raised."""
     problems: list[str] = []
     state = read_json(path / STATE_FILE, problems) if (path / STATE_FILE).exists() else {"status": UNSTARTED}
-    if any((path / name).is_file() for name in ERROR_FILES) and state.get("status") == UNSTARTED:
+    if state.get("status") == UNSTARTED and (path / ERROR_FILE).is_file():
         state["status"] = "failed"
+    if state.get("status") == "running" and is_dead(path):
+        state["status"] = "killed"
     config = read_config(path, problems)
-    hydra = read_yaml(path / ".hydra" / "hydra.yaml").get("hydra", {})
-    chosen = (hydra.get("runtime") or {}).get("choices") or {}
+    hydra: dict[str, Any] = read_yaml(path / ".hydra" / "hydra.yaml").get("hydra") or {}
+    chosen: dict[str, Any] = state.get("choices") or (hydra.get("runtime") or {}).get("choices") or {}
     choices = {k: str(v) for k, v in chosen.items() if v not in (None, "null") and not k.startswith("hydra/")}
     overrides = (hydra.get("overrides") or {}).get("task") or []
-    run = RunData(path, state, config, choices, [str(word) for word in overrides], {})
+    run = RunData(path, state, config, choices, [str(word) for word in overrides], {}, str(hydra.get("mode")).endswith("MULTIRUN"))
     run.rows = read_history(path, problems)
     run.metrics = read_metrics(path, problems, required=state.get("status") == "done")
     run.problem = problems[0] if problems else None
     return run
+
+
+def is_dead(path: Path) -> bool:
+    """Has the process of a run that says 'running' gone? A run that is still at work holds its lock."""
+    try:
+        return not is_locked(path)
+    except OSError:  # somebody else's folder
+        return False
 
 
 def read_config(path: Path, problems: list[str]) -> dict[str, Any]:
@@ -214,7 +231,30 @@ def flat(node: Any, path: str = "") -> dict[str, Any]:
     return {path: node}
 
 
+def read_sweep(folder: Path) -> dict[str, Any]:
+    """sweep.json of a sweep; {} where there is none or it is broken."""
+    content = read_json(folder / SWEEP_FILE, []) if (folder / SWEEP_FILE).is_file() else {}
+    return content if isinstance(content.get("jobs", []), list) else {}
+
+
+def unbegun(folder: Path, found: list[Path]) -> list[RunData]:
+    """Jobs that a sweep planned and that have no folder yet."""
+    numbers = {path.name.partition("_")[0] for path in found if path.parent == folder}
+    jobs = [job for job in read_sweep(folder).get("jobs", []) if isinstance(job, dict) and str(job.get("number")) not in numbers]
+    return [
+        RunData(folder / f"job {job.get('number')}", {"status": UNSTARTED}, {}, {}, [str(w) for w in job.get("overrides") or []], {}, True)
+        for job in jobs
+    ]
+
+
 def read_all(folders: list[Path]) -> list[RunData]:
-    """All runs below the folders, each once."""
-    paths = {path.resolve(): path for folder in folders for path in find_runs(folder)}
-    return [read_run(path) for path in paths.values()]
+    """All runs below the folders, each once, and the jobs that their sweeps still have to begin."""
+    runs: dict[Path, RunData] = {}
+    for folder in folders:
+        found = find_runs(folder)
+        for path in found:
+            if path.resolve() not in runs:
+                runs[path.resolve()] = read_run(path)
+        for run in [job for sweep in dict.fromkeys([folder, *(p.parent for p in found)]) for job in unbegun(sweep, found)]:
+            runs.setdefault(run.path.resolve(), run)
+    return list(runs.values())

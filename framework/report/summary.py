@@ -5,7 +5,7 @@ from __future__ import annotations
 import itertools
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -17,7 +17,7 @@ from framework.statistics import mean_interval
 
 ONE_SEED = "one seed: no spread"
 ALL_PAIRS_UP_TO = 5  # configurations; with more, each is compared with the best one only
-MEMORY_KEYS = ("perf/peak_memory_bytes", "perf/memory_bytes", "perf/max_memory_bytes")
+LEVEL = 0.95
 
 
 @dataclass(frozen=True)
@@ -55,6 +55,7 @@ class Paired:
     mean: float  # of first minus second
     low: float  # 95 % interval; -inf for one seed
     high: float
+    sure: bool  # does the interval at level 1 - 0.05 / (number of comparisons) leave out zero, too?
 
     @property
     def clear(self) -> bool:
@@ -77,7 +78,8 @@ class Summary:
     costs: list[dict[str, Spread]]
     differing: list[tuple[str, list[str]]]
     sweep: dict[str, Any]  # sweep.json
-    verdict: dict[str, Any] | None = None
+    verdict: dict[str, Any] | None = None  # of the claim that the sweep carries
+    verdict_lines: list[str] = field(default_factory=list)  # the same in words, the outcome first
 
     @property
     def unfinished(self) -> list[RunData]:
@@ -109,7 +111,7 @@ def costs_of(runs: Sequence[RunData]) -> dict[str, Spread]:
         "tokens": spread(runs, "tokens"),
         "seconds": spread(runs, "seconds"),
         "tokens/s": spread(runs, "perf/tokens_per_second"),
-        "memory": next((s for key in MEMORY_KEYS if (s := spread(runs, key))), None),
+        "memory": next((s for key in runs[0].metrics if "peak_memory" in key and (s := spread(runs, key))), None),
         "parameters": spread(runs, "params/total"),
         "trainable": spread(runs, "params/trainable"),
     }
@@ -120,22 +122,25 @@ def costs_of(runs: Sequence[RunData]) -> dict[str, Spread]:
     return {key: value for key in order if (value := found.get(key)) is not None}
 
 
-def paired(first: Configuration, second: Configuration, metric: str) -> Paired | None:
-    """Paired difference first - second over common seeds; None where there are none.
+def paired(first: Configuration, second: Configuration, metric: str, comparisons: int = 1) -> Paired | None:
+    """Paired difference first - second over common seeds; None where there are none. comparisons: how many are made together.
 
     d_s = x_first,s - x_second,s for each of the n common seeds s; the 95 % interval is Student's, for paired samples:
 
         mean(d) +- t(0.975, n - 1) * sd(d) / sqrt(n),    sd(d) = sqrt(sum_s (d_s - mean(d))^2 / (n - 1)).
 
-    It assumes differences that are normal and independent from seed to seed, and is not corrected for the number of comparisons.
+    It assumes differences that are normal and independent from seed to seed. `sure` asks the same of t(1 - 0.025 / m, n - 1), m being
+    the number of comparisons (Bonferroni).
     """
     left = {run.seed: run.metrics[metric] for run in first.runs if metric in run.metrics}
     right = {run.seed: run.metrics[metric] for run in second.runs if metric in run.metrics}
     seeds = tuple(seed for seed in left if seed in right)
     if not seeds:
         return None
-    mean, low, high = mean_interval([left[seed] - right[seed] for seed in seeds])
-    return Paired(first.label, second.label, seeds, mean, low, high)
+    values = [left[seed] - right[seed] for seed in seeds]
+    mean, low, high = mean_interval(values, LEVEL)
+    _, lowest, highest = mean_interval(values, 1 - (1 - LEVEL) / comparisons)
+    return Paired(first.label, second.label, seeds, mean, low, high, sure=lowest > 0 or highest < 0)
 
 
 def choose_metric(runs: list[RunData], wanted: str | None) -> str:
@@ -180,8 +185,8 @@ def summarise(folders: list[Path], runs: list[RunData], metric: str | None = Non
     names = dict.fromkeys([chosen, *(n for run in runs for n in run.metrics if n.startswith(("val/", "eval/")))])
     results = [{name: s for name in names if (s := spread(c.runs, name))} for c in configurations]
     all_pairs = len(configurations) <= ALL_PAIRS_UP_TO
-    matched = itertools.combinations(configurations, 2) if all_pairs else ((configurations[0], c) for c in configurations[1:])
-    pairs = [p for first, second in matched if (p := paired(first, second, chosen))]
+    matched = list(itertools.combinations(configurations, 2)) if all_pairs else [(configurations[0], c) for c in configurations[1:]]
+    pairs = [p for first, second in matched if (p := paired(first, second, chosen, len(matched)))]
     costs = [costs_of(c.runs) for c in configurations]
     title = folders[0].resolve()
     return Summary(

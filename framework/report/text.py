@@ -41,6 +41,8 @@ def cost(name: str, spread: Spread | None) -> str:
         return f"{spread.mean / 2**30:.2f} GiB" if spread.mean >= 2**30 else f"{spread.mean / 2**20:.0f} MiB"
     if name == "seconds":
         return f"{spread.mean:.3g}" if spread.mean < 100 else f"{spread.mean:,.0f}"
+    if name in ("parameters", "trainable"):
+        return f"{spread.mean:,.0f}"
     return quantity(spread.mean)
 
 
@@ -56,13 +58,14 @@ def interval(pair: Paired) -> str:
     return ONE_SEED if math.isinf(pair.low) else f"[{number(pair.low)}, {number(pair.high)}]"
 
 
-def reading(pair: Paired, higher: bool) -> str:
+def reading(pair: Paired, higher: bool, comparisons: int) -> str:
     """What a pair says, in words."""
     if math.isinf(pair.low):
         return "no interval from one seed"
     if not pair.clear:
         return "no difference shown"
-    return f"{pair.first if (pair.mean > 0) == higher else pair.second} is better"
+    better = f"{pair.first if (pair.mean > 0) == higher else pair.second} is better"
+    return better if pair.sure else f"{better} in this comparison alone, not among all {comparisons}"
 
 
 def headline(summary: Summary) -> str:
@@ -77,7 +80,7 @@ def headline(summary: Summary) -> str:
     if len(summary.configurations) == 1:
         return f"{name}: {summary.metric} {mean_and_spread(best)} ({seeds})."
     against = [pair for pair in summary.pairs if name in (pair.first, pair.second)]
-    sure = len(against) == len(summary.configurations) - 1 and all(pair.clear for pair in against)
+    sure = len(against) == len(summary.configurations) - 1 and all(pair.sure for pair in against)
     doubt = "clearly ahead of every other one" if sure else "not clearly ahead of every other one (see the paired differences)"
     return f"Best mean {summary.metric}: {mean_and_spread(best)} by {name} ({seeds}), {doubt}."
 

@@ -37,7 +37,7 @@ def t_quantile(p: float, df: float) -> float:
     low, high = 0.0, min(math.pi / 2, 40 / math.sqrt(df))  # the normal's mass beyond 40 is below 1e-300
     for _ in range(80):
         angle = (low + high) / 2
-        inside = constant * angle / 2 * float(WEIGHTS @ np.exp((df - 1) * np.log(np.cos(angle / 2 * (NODES + 1)))))
+        inside = constant * angle / 2 * float(WEIGHTS @ np.exp((df - 1) / 2 * np.log1p(-(np.sin(angle / 2 * (NODES + 1)) ** 2))))
         low, high = (angle, high) if inside < p - 0.5 else (low, angle)
     return math.sqrt(df) * math.tan((low + high) / 2)
 

@@ -39,6 +39,7 @@ class CorpusData:
         self._files: dict[str, list[TokenFile]] = {}
         self._weights: list[float] | None = None
         self._baselines: dict[str, float] = {}
+        self._rows: list[Rows] | None = None
 
     def _corpora(self) -> Sequence[Corpus]:
         raise NotImplementedError
@@ -60,6 +61,7 @@ class CorpusData:
         Raises UserError for anything wrong with the data, and when the cache cannot be written.
         """
         folder = Path(cache_dir)
+        self._rows = None
         corpora = list(self._corpora())
         with cache_lock(folder):
             prints = [corpus.fingerprint() for corpus in corpora]
@@ -91,6 +93,8 @@ class CorpusData:
         )
 
     def _train_rows(self) -> list[Rows]:
+        if self._rows is not None:
+            return self._rows
         rows: list[Rows] = []
         for file in self._files["train"]:
             one: Rows = DocumentRows(file, self.seq_len) if self.whole_documents else RunningRows(file, self.seq_len)
@@ -100,7 +104,17 @@ class CorpusData:
                     "or give more text"
                 )
             rows.append(one)
+        self._rows = rows
         return rows
+
+    @property
+    def fingerprint(self) -> dict[str, str | int]:
+        """What a run must find unchanged to go on exactly: digests of the training and held-out tokens, and the rows of an epoch.
+
+        Raises UserError when the training text does not fill a row.
+        """
+        digests = {split: digest(*(file.fingerprint for file in self._files[split])) for split in SPLITS}
+        return {**digests, "epoch_rows": sum(rows.count for rows in self._train_rows())}
 
     def val_batches(self) -> HeldOutBatches:
         """Return the held-out batches: every held-out label exactly once."""
@@ -168,7 +182,8 @@ class CorpusData:
         if not len(held_out):
             return {}
         train = models.gather((d.text(loss_only=True) for d in _documents(corpora, "train")), models.TRAIN_BYTES)
-        result = models.bits_per_byte(train, held_out)
+        with progress("compressing held-out text,", min(len(held_out), models.XZ_BYTES)) as advance:
+            result = models.bits_per_byte(train, held_out, advance)
         with replacing(folder, [name]) as (file,):
             file.write(json.dumps(result).encode())
         return result

@@ -10,7 +10,7 @@ from components.contracts import UserError
 from components.data.base import CorpusData
 from components.data.documents import Corpus, Piece
 from components.data.errors import choice, fraction
-from components.data.sources import FileCorpus, PathSpec, Record, held_out_entries, parse_entries
+from components.data.sources import FileCorpus, PathSpec, Record, file_sets, parse_entries
 from components.data.tokenizers import ASSISTANT, END, SYSTEM, USER
 
 ROLES = {"system": SYSTEM, "user": USER, "assistant": ASSISTANT}
@@ -73,10 +73,9 @@ class ChatData(CorpusData):
         errors: Any = choice("data.encoding_errors", encoding_errors, ("strict", "replace"))
         share = fraction("data.val_fraction", val_fraction)
         render = partial(conversation, choice("data.loss_on", loss_on, LOSS_ON))
-        entries = parse_entries("data.path", path)
         self._chats = [
-            FileCorpus("data.path", entry, render, share, errors, val_entry=held_out, tails=False, variant=f"chat {loss_on}")
-            for entry, held_out in zip(entries, held_out_entries(val_path, len(entries)), strict=True)
+            FileCorpus(files, val_files, render, share, tails=False, variant=f"chat {loss_on}")
+            for files, val_files in file_sets(parse_entries("data.path", path), val_path, errors, None)
         ]
         self.source = "; ".join(corpus.name for corpus in self._chats)
 

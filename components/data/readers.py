@@ -150,12 +150,17 @@ def _read_parquet(path: Path, column: str | None) -> Iterator[tuple[str, dict[st
         raise UserError(f"{path}: not a whole parquet file ({str(error).splitlines()[0]})") from None
 
 
-def open_hub(key: str, path: str) -> Any:
-    """Load `hub:NAME[:config][:split]` (split defaults to train) through the `datasets` library. Raises UserError when it cannot be had."""
+def hub_parts(key: str, path: str) -> tuple[str, str | None, str]:
+    """Read `hub:NAME[:config][:split]` as (name, config, split); split defaults to train. Raises UserError for any other form."""
     name, *rest = path.removeprefix(HUB).split(":")
     if not name or len(rest) > 2:
         raise UserError(f"{key}: {path!r}; write hub:NAME, hub:NAME:CONFIG or hub:NAME:CONFIG:SPLIT")
-    config, split = (rest[0] or None) if rest else None, rest[1] if len(rest) == 2 else "train"
+    return name, (rest[0] or None) if rest else None, rest[1] if len(rest) == 2 else "train"
+
+
+def open_hub(key: str, path: str) -> Any:
+    """Load a data set of the hub (see `hub_parts`) through the `datasets` library. Raises UserError when it cannot be had."""
+    name, config, split = hub_parts(key, path)
     from datasets import load_dataset
     from datasets.utils.logging import disable_progress_bar, enable_progress_bar, is_progress_bar_enabled
 

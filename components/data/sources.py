@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Hashable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -11,7 +11,8 @@ from typing import Any
 from components.contracts import UserError
 from components.data.documents import Document, Piece, digest, held_out_keys, split_tail
 from components.data.errors import did_you_mean, unreadable
-from components.data.readers import HUB, Errors, expand, is_table, open_hub, read_bytes, read_records, text_of
+from components.data.progress import note
+from components.data.readers import HUB, Errors, expand, hub_parts, is_table, open_hub, read_bytes, read_records, text_of
 
 PathSpec = str | Sequence[Any] | Mapping[str, Any]
 HASHED_BYTES = 256 * 2**20  # larger sources are recognised by size and time of change, so that a start does not read them all
@@ -70,26 +71,77 @@ def _entry(key: str, node: Any) -> Entry:
 
 
 class FileSet:
-    """The records of an entry, in a fixed order, each with a key that does not depend on where the files lie."""
+    """The records of an entry, in a fixed order, each with a key that does not depend on where the files lie.
 
-    def __init__(self, key: str, entry: Entry, errors: Errors, column: str | None) -> None:
-        self._key = key
-        self._entry = entry
+    A file counts once, however many paths, globs or links lead to it: a second copy under another key could be trained on while the first
+    is held out. For the same reason the files of `held_out` are taken out, and those that a set of `earlier` (entries before this one) has;
+    with weights that is an error instead, since it would change the mixture.
+    """
+
+    def __init__(
+        self, key: str, entry: Entry, errors: Errors, column: str | None, held_out: FileSet | None = None, earlier: Sequence[FileSet] = ()
+    ) -> None:  # fmt: skip
+        self.key = key
+        self.entry = entry
+        self.name = ", ".join(entry.paths)
         self._errors = errors
         self._column = column  # the only column to read; None: all
+        self._held_out = held_out
+        self._earlier = tuple(earlier)
+
+    @cached_property
+    def _named(self) -> dict[Hashable, tuple[str, Path | Any]]:
+        """What the paths lead to: (name, path) by resolved path for files, (name, data set) by its parts for the hub."""
+        found: dict[Hashable, tuple[str, Path | Any]] = {}
+        repeats = 0
+        for path in self.entry.paths:
+            listed: list[tuple[Hashable, str, Path | Any]]
+            if path.startswith(HUB):
+                listed = [(hub_parts(self.key, path), path, open_hub(self.key, path))]
+            else:
+                listed = [(file.resolve(), name, file) for name, file in expand(self.key, path)]
+            repeats += sum(what in found for what, _, _ in listed)
+            for what, name, file in listed:
+                found.setdefault(what, (name, file))
+        if repeats:
+            note(f"{self.key}: {self.name}: {repeats} file(s) named more than once are read once")
+        return found
 
     @cached_property
     def _files(self) -> list[tuple[str, Path | Any]]:
-        """(name, path) for files, (name, data set) for the hub; equal names from different paths are numbered."""
-        found: list[tuple[str, Path | Any]] = []
-        for path in self._entry.paths:
-            found += [(path, open_hub(self._key, path))] if path.startswith(HUB) else expand(self._key, path)
+        """(name, path) or (name, data set) of what is left to this set; equal names of different files are numbered."""
+        left = dict(self._named)
+        if self._held_out is not None:
+            self._take_out(left, set(self._held_out._named), "is held out by data.val_path, not trained on")
+        for other in self._earlier:
+            shared = {what for what, (_, file) in left.items() if what in other._named and self._reads_alike(other, file)}
+            if shared and self.entry.weight is not None:
+                raise UserError(
+                    f"{self.key}: {_shown(left, shared)} is in two weighted entries ({other.name}; {self.name}); leave it out of one"
+                )
+            self._take_out(left, shared, f"is in an entry before ({other.name}) and read once")
         seen: dict[str, int] = {}
         unique: list[tuple[str, Path | Any]] = []
-        for name, file in found:
+        for name, file in left.values():
             seen[name] = seen.get(name, 0) + 1
             unique.append((name if seen[name] == 1 else f"{name}~{seen[name]}", file))
         return unique
+
+    def _take_out(self, left: dict[Hashable, tuple[str, Path | Any]], unwanted: set[Hashable], why: str) -> None:
+        """Remove `unwanted` from `left` with one line on stderr. Raises UserError when nothing stays."""
+        shared = unwanted & left.keys()
+        if not shared:
+            return
+        said = f"{self.key}: {self.name}: {_shown(left, shared)} {why}"
+        if len(shared) == len(left):
+            raise UserError(f"{said}; that leaves nothing here, so give other files or drop this path")
+        note(said)
+        for what in shared:
+            del left[what]
+
+    def _reads_alike(self, other: FileSet, file: Path | Any) -> bool:
+        """Say whether both sets read the same text from a file that both have: two columns of a table are different text."""
+        return self._column == other._column or (isinstance(file, Path) and not is_table(file))
 
     def fingerprint(self) -> str:
         """16 hex digits of the names and contents (of sizes and times of change above 256 MiB)."""
@@ -120,26 +172,29 @@ class FileSet:
                     yield f"{name}#{i}", name, f"row {i + 1}", record
 
 
+def _shown(files: Mapping[Hashable, tuple[str, Path | Any]], chosen: set[Hashable]) -> str:
+    first, *more = sorted(name for what, (name, _) in files.items() if what in chosen)
+    return f"{first} (and {len(more)} more)" if more else first
+
+
 class FileCorpus:
-    """Documents rendered from files, with a held-out part: `val_entry`'s documents, else whole ones by hash, else the tail of each.
+    """Documents rendered from files, with a held-out part: those of `val_files`, else whole ones by hash, else the tail of each.
 
     Tails are held out when there are too few documents for a share of `val_fraction` (fewer than 1 / val_fraction) and `tails` allows it.
     `variant` names what `render` does besides reading, for the fingerprint.
     """
 
     def __init__(
-        self, key: str, entry: Entry, render: Render, val_fraction: float, errors: Errors, column: str | None = None, *,
-        val_entry: Entry | None = None, tails: bool = True, variant: str = "",
+        self, files: FileSet, val_files: FileSet | None, render: Render, val_fraction: float, tails: bool = True, variant: str = ""
     ) -> None:  # fmt: skip
-        self.name = ", ".join(entry.paths)
-        self.weight = entry.weight
-        self._key = key
+        self.name = files.name
+        self.weight = files.entry.weight
         self._render = render
         self._fraction = val_fraction
         self._tails = tails
         self._variant = variant
-        self._files = FileSet(key, entry, errors, column)
-        self._val_files = None if val_entry is None else FileSet("data.val_path", val_entry, errors, column)
+        self._files = files
+        self._val_files = val_files
 
     def fingerprint(self) -> str:
         """16 hex digits that change with the files' contents or with the split."""
@@ -198,36 +253,46 @@ class FileCorpus:
         """Keys of the documents that are held out whole; None when the tail of each is."""
         keys = list(self._sizes)
         if not keys:
-            raise UserError(f"{self._key}: {self.name}: holds no text; every file or row in it is empty")
+            raise UserError(f"{self._files.key}: {self.name}: holds no text; every file or row in it is empty")
         if self._tails and len(keys) * self._fraction < 1.0:
             return None
         if len(keys) < 2:
-            raise UserError(f"{self._key}: {self.name}: one document cannot be split; give more, or name held-out data with data.val_path")
+            raise UserError(
+                f"{self._files.key}: {self.name}: one document cannot be split; give more, or name held-out data with data.val_path"
+            )
         return held_out_keys(keys, self._fraction)
 
 
-def held_out_entries(spec: PathSpec | None, corpora: int) -> list[Entry | None]:
-    """Read `data.val_path` (same forms as `data.path`; weights mean nothing there): all of it for the first corpus, nothing for the others.
+def file_sets(
+    entries: Sequence[Entry], val_spec: PathSpec | None, errors: Errors, column: str | None
+) -> list[tuple[FileSet, FileSet | None]]:  # fmt: skip
+    """Make (files, held-out files) for each entry of `data.path`; no file is in two of the sets.
 
-    None for every corpus when nothing is given: each then holds out a part of its own.
+    `data.val_path` (same forms as `data.path`; weights mean nothing there) is all held out by the first entry and nothing of it by the
+    others. Without it the second is None: each entry then holds out a part of its own. `column` None reads whole rows.
     """
-    if spec is None:
-        return [None] * corpora
-    paths = tuple(path for entry in parse_entries("data.val_path", spec) for path in entry.paths)
-    rest: list[Entry | None] = [Entry(())] * (corpora - 1)
-    return [Entry(paths), *rest]
+    columns = [None if column is None else entry.column or column for entry in entries]
+    val: FileSet | None = None
+    if val_spec is not None:
+        paths = tuple(path for entry in parse_entries("data.val_path", val_spec) for path in entry.paths)
+        val = FileSet("data.val_path", Entry(paths), errors, columns[0])
+    sets: list[FileSet] = []
+    for entry, own in zip(entries, columns, strict=True):
+        sets.append(FileSet("data.path", entry, errors, own, val, sets))
+    nothing = None if val is None else FileSet("data.val_path", Entry(()), errors, None)
+    return [(files, nothing if i else val) for i, files in enumerate(sets)]
 
 
 def text_corpora(spec: PathSpec | None, val_spec: PathSpec | None, column: str, val_fraction: float, errors: Errors) -> list[FileCorpus]:
     """Make one corpus an entry of `data.path`; held-out text of `data.val_path`, if given, belongs to the first."""
     entries = parse_entries("data.path", spec)
     corpora = []
-    for entry, held_out in zip(entries, held_out_entries(val_spec, len(entries)), strict=True):
+    for entry, (files, val_files) in zip(entries, file_sets(entries, val_spec, errors, column), strict=True):
         own = entry.column or column
 
         def render(file: str, place: str, record: Record, own: str = own) -> tuple[Piece, ...] | None:
             text = text_of(file, place, record, own, errors)
             return (Piece(text),) if text else None
 
-        corpora.append(FileCorpus("data.path", entry, render, val_fraction, errors, own, val_entry=held_out))
+        corpora.append(FileCorpus(files, val_files, render, val_fraction))
     return corpora

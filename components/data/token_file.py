@@ -21,14 +21,14 @@ from typing import Any, BinaryIO
 import numpy as np
 
 from components.contracts import UserError
-from components.data.documents import Document
+from components.data.documents import Document, digest
 from components.data.errors import unwritable
 from components.data.progress import note
 from components.data.tokenizers import Tokenizer
 
-CODE_VERSION = 1  # raise it when the layout or the tokenisation changes: old files are then left alone and new ones made
+CODE_VERSION = 2  # raise it when the layout or the tokenisation changes: old files are then left alone and new ones made
 BATCH_CHARS = 4 * 2**20  # text tokenised at a time
-PIECE_CHARS = 2**20  # longer texts are cut here, before a newline, so that one huge file still uses all cores and little memory
+PIECE_CHARS = 2**20  # longer texts are cut here where that changes no token, so that one huge file still uses all cores and little memory
 CHECKED_BYTES = 64 * 2**20  # a larger file is verified by its size and its two ends of half this
 LOCK_NAME = "prepare.lock"
 
@@ -48,6 +48,11 @@ class TokenFile:
 
     def __reduce__(self) -> tuple[type[TokenFile], tuple[Path, str]]:
         return TokenFile, (self.folder, self.name)
+
+    @property
+    def fingerprint(self) -> str:
+        """16 hex digits of the tokens, documents and mask, wherever they lie; of a file above CHECKED_BYTES, its size and two ends."""
+        return digest(*(self.meta[key] for key in ("dtype", "tokens", "labels", "documents", "text_bytes")), *self.meta["files"].values())
 
     @property
     def labels(self) -> int:
@@ -198,7 +203,8 @@ def _encode(documents: Iterable[Document], tokenizer: Tokenizer) -> Iterator[tup
 
 
 def _encode_batch(documents: list[Document], tokenizer: Tokenizer) -> Iterator[tuple[Document, np.ndarray, np.ndarray]]:
-    texts = [part for document in documents for piece in document.pieces if not piece.special for part in cut(piece.text)]
+    parts_of = cut if tokenizer.splits_before_newlines else whole
+    texts = [part for document in documents for piece in document.pieces if not piece.special for part in parts_of(piece.text)]
     encoded = iter(tokenizer.encode_batch(texts))
     for document in documents:
         ids: list[int] = []
@@ -207,7 +213,7 @@ def _encode_batch(documents: list[Document], tokenizer: Tokenizer) -> Iterator[t
             if piece.special:
                 new = [tokenizer.special_id(piece.text)]
             else:
-                new = [i for _ in cut(piece.text) for i in next(encoded)]
+                new = [i for _ in parts_of(piece.text) for i in next(encoded)]
             ids += new
             mask += [piece.loss] * len(new)
         if ids:
@@ -215,7 +221,7 @@ def _encode_batch(documents: list[Document], tokenizer: Tokenizer) -> Iterator[t
 
 
 def cut(text: str, size: int = PIECE_CHARS) -> list[str]:
-    """Cut a text into parts of about `size` characters where a word starts anyway; "" gives no part."""
+    """Cut a text into parts of about `size` characters where SPLIT_PATTERN starts a word anyway; "" gives no part."""
     parts, start = [], 0
     while len(text) - start > size:
         found = _CUT.search(text, start + size)
@@ -224,3 +230,8 @@ def cut(text: str, size: int = PIECE_CHARS) -> list[str]:
         parts.append(text[start : found.start()])
         start = found.start()
     return [*parts, text[start:]] if start < len(text) else parts
+
+
+def whole(text: str) -> list[str]:
+    """Return the text as its only part; "" gives no part."""
+    return [text] if text else []

@@ -104,6 +104,20 @@ class Tokenizer:
         """16 hex digits that change with anything that changes an id."""
         return hashlib.sha256(self.to_json().encode()).hexdigest()[:16]
 
+    @cached_property
+    def splits_before_newlines(self) -> bool:
+        """Whether text may be cut before a newline that follows a word without changing a token: true of the tokenizers made here.
+
+        A tokenizer.json from elsewhere may normalise, split or merge across the cut, or add a sign at the start of each text.
+        """
+        own, saved = json.loads(_byte_level(models.BPE(), SPLIT_PATTERN).to_str()), json.loads(self._backend.to_str())
+        unmerged = json.loads(_byte_level(models.BPE(), None).to_str())["pre_tokenizer"]  # of plain bytes: nothing to merge
+        if saved["normalizer"] is not None or any(not token["special"] for token in saved["added_tokens"]):
+            return False
+        if saved["model"].get("type") != "BPE" or saved["model"].get("dropout"):
+            return False
+        return saved["pre_tokenizer"] == own["pre_tokenizer"] or (saved["pre_tokenizer"] == unmerged and not saved["model"]["merges"])
+
     def encode(self, text: str) -> list[int]:
         """Return the ids of `text`, no special token among them."""
         return self._backend.encode(text, add_special_tokens=False).ids
@@ -238,9 +252,11 @@ def train_bpe(texts: Iterable[str], vocab_size: int) -> Tokenizer:
 
 
 def _first_bytes(texts: Iterable[str], limit: int) -> Iterator[str]:
+    """Yield the texts up to `limit` bytes of UTF-8; the one that goes beyond is cut at the last whole character before."""
     for text in texts:
-        yield text
-        limit -= len(text)
+        data = text.encode()
+        yield text if len(data) <= limit else data[:limit].decode("utf-8", "ignore")
+        limit -= len(data)
         if limit <= 0:
             return
 

@@ -282,6 +282,33 @@ def test_baselines_by_hand():
     assert bits["xz"] == 8 * len(lzma.compress(b"ab", preset=9 | lzma.PRESET_EXTREME)) / 2
 
 
+def test_xz_takes_the_first_bytes_and_says_how_far_it_is(monkeypatch):
+    monkeypatch.setattr("components.data.baselines.XZ_BYTES", 5000)
+    monkeypatch.setattr("components.data.baselines.XZ_BLOCK", 2000)
+    text = np.frombuffer(PROSE.encode(), np.uint8)
+    done = []
+    bits = bits_per_byte(text, text, done.append)
+    assert bits["xz"] == 8 * len(lzma.compress(text[:5000].tobytes(), preset=9 | lzma.PRESET_EXTREME)) / 5000
+    assert done == [2000, 2000, 1000]
+    assert bits_per_byte(text[:10], text[:700])["xz"] == 8 * len(lzma.compress(text[:700].tobytes(), preset=9 | lzma.PRESET_EXTREME)) / 700
+
+
+def test_fingerprint_follows_the_data_and_not_the_place(prose, tmp_path):
+    def fingerprint(text, **changes):
+        Path(prose).write_text(text)
+        data = text_data(prose, **changes)
+        data.prepare(tmp_path / "cache")
+        return data.fingerprint
+
+    first = fingerprint(PROSE)
+    assert first["epoch_rows"] == PROSE.index("\n", round(len(PROSE) * 0.9)) // 32  # 90 % of the bytes, to the end of the line
+    assert fingerprint(PROSE) == first
+    early, late = fingerprint(PROSE.replace("Line 3 ", "Lime 3 ")), fingerprint(PROSE.replace("Line 399 ", "Lime 399 "))
+    assert early["val"] == first["val"] and early["train"] != first["train"]
+    assert late["train"] == first["train"] and late["val"] != first["val"]
+    assert fingerprint(PROSE, seq_len=64) == {**first, "epoch_rows": first["epoch_rows"] // 2}
+
+
 def test_order2_is_a_distribution_after_any_context():
     rng = np.random.default_rng(0)
     train = rng.integers(0, 7, 500).astype(np.uint8)

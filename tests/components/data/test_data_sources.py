@@ -88,12 +88,91 @@ def test_many_documents_are_held_out_whole_and_adding_one_moves_no_other(tmp_pat
 
 
 def test_val_path_takes_the_place_of_the_split(tmp_path):
-    (tmp_path / "train.txt").write_text("train\n")
-    (tmp_path / "test.txt").write_text("test\n")
-    entries = [{"path": str(tmp_path / "train.txt"), "weight": 1}, {"path": str(tmp_path / "train.txt"), "weight": 2}]
+    for name in ("one", "two", "test"):
+        (tmp_path / f"{name}.txt").write_text(f"{name}\n")
+    entries = [{"path": str(tmp_path / "one.txt"), "weight": 1}, {"path": str(tmp_path / "two.txt"), "weight": 2}]
     first, second = corpora(entries, val_path=str(tmp_path / "test.txt"))
-    assert texts(first.train()) == texts(second.train()) == ["train\n"]
+    assert (texts(first.train()), texts(second.train())) == (["one\n"], ["two\n"])
     assert (texts(first.held_out()), texts(second.held_out())) == (["test\n"], [])
+
+
+@pytest.fixture
+def folder(tmp_path):
+    """Thirty files of one line, `sub/` holding ten of them."""
+    (tmp_path / "src" / "sub").mkdir(parents=True)
+    for i in range(30):
+        (tmp_path / "src" / ("sub" if i % 3 == 0 else "") / f"f{i:02d}.txt").write_text(f"file {i}\n")
+    return tmp_path / "src"
+
+
+@pytest.mark.parametrize("again", ["{0}", "{0}/*.txt", "{0}/**/*.txt", "{0}/sub", "{0}/../src/f01.txt", "{1}", "{1}/f02.txt"])
+def test_a_file_that_is_named_twice_is_one_document(folder, capsys, again):
+    (folder.parent / "link").symlink_to(folder)
+    (corpus,) = corpora([str(folder), again.format(folder, folder.parent / "link")], val_fraction=0.3)
+    train, held_out = texts(corpus.train()), texts(corpus.held_out())
+    assert sorted(train + held_out) == sorted(f"file {i}\n" for i in range(30)) and held_out
+    assert capsys.readouterr().err.count("named more than once are read once\n") == 1
+    assert corpus.fingerprint() == corpora(str(folder), val_fraction=0.3)[0].fingerprint()
+
+
+def test_equal_names_of_different_files_are_both_read(folder):
+    (folder.parent / "f01.txt").write_text("another\n")
+    assert len(all_texts([str(folder), str(folder.parent / "f01.txt")])) == 31
+
+
+@pytest.mark.parametrize("val", ["{}/f01.txt", "{}/sub", "{}/*2.txt", "{}/../link/f01.txt"])
+def test_a_held_out_file_inside_path_is_not_trained_on(folder, capsys, val):
+    (folder.parent / "link").symlink_to(folder)
+    for spec in (str(folder), [{"path": f"{folder}/*[02468].txt"}, {"path": [f"{folder}/*[13579].txt", f"{folder}/sub"]}]):
+        found = corpora(spec, val_path=val.format(folder))
+        held_out = [t for corpus in found for t in texts(corpus.held_out())]
+        train = [t for corpus in found for t in texts(corpus.train())]
+        assert not set(held_out) & set(train) and len(set(train)) == len(train)
+        assert sorted(train + held_out) == sorted(f"file {i}\n" for i in range(30))
+        err = capsys.readouterr().err
+        assert "is held out by data.val_path, not trained on\n" in err
+        assert sum(corpus.size("train") for corpus in found) == sum(map(len, train))
+
+
+def test_a_held_out_hub_split_is_not_trained_on(monkeypatch):
+    datasets = pytest.importorskip("datasets")
+    monkeypatch.setattr(datasets, "load_dataset", lambda name, config, split: datasets.Dataset.from_list([{"text": split}]))
+    (corpus,) = corpora(["hub:a/b", "hub:a/b::test", "hub:a/b::train"], val_path="hub:a/b::test")
+    assert (texts(corpus.train()), texts(corpus.held_out())) == (["train"], ["test"])
+
+
+def test_entries_share_no_file(folder, capsys):
+    first, second = corpora([{"path": f"{folder}/sub"}, {"path": str(folder)}], val_fraction=0.3)
+    keys = [{t for t in (*texts(c.train()), *texts(c.held_out()))} for c in (first, second)]
+    assert len(keys[0]) == 10 and len(keys[1]) == 20 and not keys[0] & keys[1]
+    assert "is in an entry before" in capsys.readouterr().err
+
+
+def test_two_columns_of_a_table_are_two_sources(tmp_path):
+    path = write_rows(tmp_path / "rows.jsonl", ROWS)
+    weighted = [{"path": path, "weight": 1}, {"path": path, "weight": 1, "column": "body"}]
+    for spec in ([{"path": path}, {"path": path, "column": "body"}], weighted):
+        assert all_texts(spec) == sorted(text for row in ROWS for text in row.values())
+
+
+@pytest.mark.parametrize(
+    ("entries", "val_path", "message"),
+    [
+        (["{}"], "{}", r"data.path: .*f01.txt \(and 29 more\) is held out by data.val_path.*leaves nothing"),
+        (["{}/f01.txt"], "{}", "data.path: .*f01.txt is held out by data.val_path.*leaves nothing"),
+        (
+            [("{}", 1), ("{}/f01.txt", 3)],
+            None,
+            r"data.path: f01.txt is in two weighted entries \(.*/src; .*/f01.txt\); leave it out of one",
+        ),
+        ([("{}", None), ("{}/f01.txt", None)], None, "data.path: .*f01.txt is in an entry before .*leaves nothing"),
+    ],
+)
+def test_overlaps_without_a_sense_are_one_line(folder, entries, val_path, message):
+    spec = [e.format(folder) if isinstance(e, str) else {"path": e[0].format(folder), "weight": e[1]} for e in entries]
+    with pytest.raises(UserError, match=message) as error:
+        [texts(corpus.train()) for corpus in corpora(spec, val_path=val_path and val_path.format(folder))]
+    assert "\n" not in str(error.value)
 
 
 def test_fingerprint_follows_content_and_split_but_not_the_place(tmp_path):

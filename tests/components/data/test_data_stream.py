@@ -10,13 +10,15 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from tokenizers import Regex, models, normalizers, pre_tokenizers
+from tokenizers import Tokenizer as Backend
 
 from components.contracts import IGNORE, UserError
 from components.data.documents import Document, Piece
 from components.data.rows import DocumentRows, RunningRows, make_batch, pack
 from components.data.stream import HeldOutBatches, PackedStream, quotas
 from components.data.token_file import TokenFile, cache_lock, cut, intact, write_token_file
-from components.data.tokenizers import bytes_tokenizer, train_bpe
+from components.data.tokenizers import SPLIT_PATTERN, Tokenizer, bytes_tokenizer, train_bpe
 
 TOKENIZER = bytes_tokenizer()
 E = TOKENIZER.eot_id
@@ -315,3 +317,49 @@ def test_long_texts_are_cut_where_a_word_begins_anyway():
     assert "".join(parts) == texts[1] and len(parts) > 10
     assert [i for part in parts for i in bpe.encode(part)] == bpe.encode(texts[1])
     assert cut("", 5) == [] and cut("abc", 2) == ["abc"]
+
+
+VOCABULARY = {char: i for i, char in enumerate(sorted({*pre_tokenizers.ByteLevel.alphabet(), "\u2581"}))}
+
+
+def foreign(kind):
+    """A tokenizer.json from elsewhere, for which a cut before a newline changes tokens."""
+    merges = [] if kind == "added" else [("a", "\u010a")]  # U+010A stands for the newline
+    backend = Backend(models.BPE(vocab={**VOCABULARY, "a\u010a": len(VOCABULARY)}, merges=merges))
+    level = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
+    own = pre_tokenizers.Sequence([pre_tokenizers.Split(Regex(SPLIT_PATTERN), "isolated"), level])
+    backend.pre_tokenizer = {
+        "merges across the cut": pre_tokenizers.Sequence([level]),
+        "space before each text": pre_tokenizers.ByteLevel(add_prefix_space=True, use_regex=True),
+    }.get(kind, own)
+    if kind == "normalised":
+        backend.normalizer = normalizers.Strip()
+    if kind == "added":
+        backend.add_tokens(["a\n"])
+    return Tokenizer(backend)
+
+
+@pytest.mark.parametrize("kind", ["merges across the cut", "space before each text", "normalised", "added"])
+def test_tokenizers_from_elsewhere_see_whole_texts(tmp_path, monkeypatch, kind):
+    text = "a\na\naa\n  a\n" * 20
+    tokenizer = foreign(kind)
+    parts = cut(text, size=10)
+    assert [i for part in parts for i in tokenizer.encode(part)] != tokenizer.encode(text)  # cutting would do harm
+    monkeypatch.setattr("components.data.token_file.cut", lambda text: cut(text, size=10))
+    write_token_file(tmp_path, "t", documents(text), tokenizer)
+    assert TokenFile(tmp_path, "t").tokens[1:-1].tolist() == tokenizer.encode(text)
+
+
+def test_own_tokenizers_see_parts_also_when_saved(tmp_path):
+    bpe = train_bpe(["abc abc\n" * 20], 270)
+    for tokenizer in (bpe, bytes_tokenizer()):
+        tokenizer.save(tmp_path)
+        assert tokenizer.splits_before_newlines and Tokenizer.load(tmp_path).splits_before_newlines
+
+
+def test_a_token_file_is_known_by_its_content(tmp_path):
+    first, again = token_file(tmp_path, documents("ab", "cd")), token_file(tmp_path, documents("ab", "cd"), "other")
+    assert first.fingerprint == again.fingerprint
+    others = [documents("ab", "ce"), documents("abc", "d"), [Document("0", (Piece("ab"),)), Document("1", (Piece("cd", loss=False),))]]
+    prints = {token_file(tmp_path, docs, f"t{i}").fingerprint for i, docs in enumerate(others)}
+    assert len(prints | {first.fingerprint}) == 4

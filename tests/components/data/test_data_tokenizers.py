@@ -18,6 +18,7 @@ from components.data.tokenizers import (
     USER,
     StreamDecoder,
     Tokenizer,
+    _first_bytes,
     bytes_tokenizer,
     check_tokenizer_options,
     train_bpe,
@@ -94,6 +95,13 @@ def test_bpe_compresses_and_keeps_its_vocabulary_size(bpe):
     assert bpe.vocab_size <= 400
     assert len(bpe.encode(CORPUS[0])) < len(CORPUS[0]) / 3
     assert bpe.decode([bpe.encode("\n        return")[0]]).startswith("\n    ")  # a newline and its indentation are one word
+
+
+@pytest.mark.parametrize("limit", [1, 5, 6, 7, 12, 100])
+def test_training_text_is_limited_in_bytes(limit):
+    taken = list(_first_bytes(["é☃a", "bcdé", "never" * 100], limit))  # 6, 5 and 500 bytes
+    whole = ("é☃abcdé" + "never" * 100).encode()[:limit]
+    assert "".join(taken) == whole.decode("utf-8", "ignore")
 
 
 SCRIPT = (

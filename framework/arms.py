@@ -88,7 +88,7 @@ def read_claim(node: Any) -> Claim:
 
 
 def claim_hash(node: Any) -> str:
-    """16 hex digits of a claim node: independent of the order of keys, of anything else in the file, and of 1 or 1.0."""
+    """16 hex digits of a claim node: independent of anything else in the file, of the order of keys (but for the arms) and of 1 or 1.0."""
 
     def canonical(value: Any) -> Any:
         if isinstance(value, Mapping):
@@ -97,6 +97,8 @@ def claim_hash(node: Any) -> str:
             return [canonical(inner) for inner in value]
         return float(value) if isinstance(value, int) and not isinstance(value, bool) else value
 
+    if isinstance(node, Mapping) and isinstance(node.get("arms"), Mapping):
+        node = {**node, "arms": [[name, words] for name, words in node["arms"].items()]}  # the first one is claimed to be better
     return hashlib.sha256(json.dumps(canonical(node), sort_keys=True, ensure_ascii=True).encode()).hexdigest()[:16]
 
 

@@ -17,11 +17,13 @@ from typing import Any
 
 from hydra.core.hydra_config import HydraConfig
 from hydra.errors import HydraException
-from hydra.types import RunMode
 from omegaconf import DictConfig
 from omegaconf.errors import OmegaConfBaseException
 
+from framework import resolvers, sweep
 from framework.runs import STATE_FILE
+
+resolvers.register()  # here, because a launcher's processes import this module and not the entry points
 
 Job = Callable[[DictConfig], Any]
 FLAGS = ("-m", "--multirun")  # hydra's parser wants them before the overrides
@@ -37,6 +39,19 @@ class Outcome:
 def run_app(application: Callable[[], Any], config_name: str, argv: list[str] | None) -> int:
     """Run a `@hydra.main` function on the words `argv` (default: the command line) and return the exit code."""
     words = sorted((quoted(word) for word in (sys.argv[1:] if argv is None else argv)), key=lambda word: word in FLAGS, reverse=True)
+    from framework.sweep_plan import plan_sweep
+
+    try:
+        plan = plan_sweep(config_name, words) if config_name == "train" else None
+    except Exception as error:
+        return report(error, show_traceback="traceback=true" in words)
+    if plan is None:
+        return run_words(application, config_name, words)
+    return plan.finish(run_words(application, config_name, plan.words))
+
+
+def run_words(application: Callable[[], Any], config_name: str, words: list[str]) -> int:
+    """Run a `@hydra.main` function on words that are ready for Hydra and return the exit code."""
     saved, previous = sys.argv, os.environ.get("HYDRA_FULL_ERROR")
     sys.argv = [f"{config_name}.py", *words]
     os.environ["HYDRA_FULL_ERROR"] = "1"  # hydra then raises instead of printing and exiting
@@ -46,8 +61,11 @@ def run_app(application: Callable[[], Any], config_name: str, argv: list[str] | 
     except SystemExit as stop:  # argparse: --help, unknown flags
         return stop.code if isinstance(stop.code, int) else 1
     except KeyboardInterrupt:
-        print("interrupted", file=sys.stderr)
-        return 130
+        if Outcome.code < 128:  # else a job of a sweep was, and said so
+            print("interrupted", file=sys.stderr)
+        return max(Outcome.code, 130)
+    except sweep.JobFailed:
+        return 1
     except BrokenPipeError:
         return leave_quietly()
     except (HydraException, OmegaConfBaseException) as error:
@@ -79,7 +97,7 @@ def quoted(word: str) -> str:
 
 
 def run_job(job: Job, config: DictConfig) -> Any:
-    """Run one job inside Hydra. In a single run the error is reported here, so that Hydra adds nothing; in a sweep it goes on to Hydra."""
+    """Run one job inside Hydra. The error is reported here, so that Hydra adds nothing; in a sweep it is also written down."""
     try:
         return job(config)
     except BrokenPipeError:  # the reader of our output left, as in `| head`
@@ -87,9 +105,9 @@ def run_job(job: Job, config: DictConfig) -> Any:
         return None
     except (Exception, KeyboardInterrupt) as error:
         Outcome.code = report(error, bool(config.get("traceback")))
+        if sweep.in_sweep():
+            return sweep.end_failed_job(config, error, Outcome.code)
         remove_empty_run()
-        if HydraConfig.get().mode == RunMode.MULTIRUN:
-            raise
         return None
 
 

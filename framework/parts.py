@@ -97,4 +97,4 @@ def sweep_of(run_dir: Path) -> str | None:
     if not file.is_file():
         return None
     stored = OmegaConf.load(file).hydra
-    return Path(str(stored.sweep.dir)).name if str(stored.mode).endswith("MULTIRUN") else None
+    return run_dir.parent.name if str(stored.mode).endswith("MULTIRUN") else None

@@ -9,7 +9,9 @@ from typing import Any
 from omegaconf import OmegaConf
 
 from framework.runs import inherited_choices, newest_run, read_state
+from framework.sweep import job_folder
 
+HIGHER_IS_BETTER = ("accuracy", "reward", "score", "exact_match", "win_rate", "pass@", "f1", "per_second", "mfu")
 SLUG_PARTS = ("model", "model/size", "rope", "adapter", "optimizer", "data")  # choices that name a run; "none" is left out
 
 
@@ -39,6 +41,16 @@ def run_sub(run_dir: str) -> str:
     return ".hydra_resume" if read_state(Path(run_dir)) else ".hydra"
 
 
+def job_dir(sweep_dir: str, number: int, words: Any, choices: Any, seed: int) -> str:
+    """Folder of a sweep's job, inside that of the sweep."""
+    return job_folder(str(sweep_dir), int(number), [str(word) for word in words], slug(choices, seed))
+
+
+def direction(metric: str) -> str:
+    """Which way a sampler goes: up for rates of success and of speed, else down."""
+    return "maximize" if any(part in metric.lower() for part in HIGHER_IS_BETTER) else "minimize"
+
+
 def precision(accelerator: str) -> str:
     """Lightning precision of the fastest safe kind: bf16 autocast on GPUs and on processors with bf16 instructions, else fp32."""
     if accelerator == "cpu" and not cpu_has_bf16():
@@ -55,7 +67,14 @@ def cpu_has_bf16() -> bool:
     return "avx512_bf16" in flags or "amx_bf16" in flags
 
 
+def tuned(key: str, *, _root_: Any) -> Any:
+    """Value of a key that the first stage of an experiment found best for this job's arm."""
+    from framework.arms import tuned as chosen
+
+    return chosen(key, _root_)
+
+
 def register() -> None:
     """Register all resolvers; harmless when called again (multirun, tests)."""
-    for function in (slug, run_dir, run_sub, precision):
+    for function in (slug, run_dir, run_sub, job_dir, direction, precision, tuned):
         OmegaConf.register_new_resolver(function.__name__, function, replace=True)

@@ -8,7 +8,7 @@ from hydra.core.hydra_config import HydraConfig
 from omegaconf import DictConfig
 
 from components.contracts import UserError
-from framework import build
+from framework import build, sweep
 from framework.inherit import lay_over, take_model
 from framework.runs import locked, read_state
 
@@ -18,6 +18,12 @@ def train(config: DictConfig) -> float | None:
     run_dir = Path(config.paths.output_dir)
     if config.resume and config.ckpt:
         raise UserError(f"ckpt: {config.ckpt!r} and resume={config.resume!r} exclude each other: a new run, or one continued")
+    if sweep.in_sweep():
+        known = sweep.begin_job(config, run_dir)
+        if known is not None:
+            return known
+        if (run_dir / "config.yaml").is_file() and read_state(run_dir):
+            return resume(config, run_dir)
     if config.resume and read_state(run_dir):
         return resume(config, run_dir)
     if config.resume == "auto":

@@ -65,6 +65,7 @@ RUN_KEYS: dict[str, Any] = {
     "resume": str | None,
     "resume_force": bool,
     "optimized_metric": str,
+    "on_error": Literal["skip", "raise"],
     "allow_targets": list[str],
     "traceback": bool,
     "gradient_checkpointing": bool,

@@ -8,10 +8,13 @@ import json
 import os
 import sys
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from components.contracts import UserError
 from framework.runs import replace_file
+
+if TYPE_CHECKING:
+    from framework.report.summary import Summary
 
 ROOT = Path(__file__).resolve().parents[2]
 EXAMPLES = """examples:
@@ -60,11 +63,11 @@ def optional_module(name: str) -> Any:
 
 def matrix(words: argparse.Namespace) -> int:
     """Publish the interchange matrix."""
+    if words.folders:
+        raise UserError(f"--matrix: {words.folders[0]!r} does not go with it; it takes no folders (where to write is --out DIR)")
     module = optional_module("framework.matrix")
     if module is None:
         raise UserError("--matrix: this copy has no framework/matrix.py")
-    if words.folders:
-        raise UserError(f"--matrix: {words.folders[0]!r} does not go with it; it takes no folders (where to write is --out DIR)")
     folder = Path(words.out) if words.out else ROOT / "docs"
     folder.mkdir(parents=True, exist_ok=True)
     print(f"matrix: {module.publish(folder)}")
@@ -86,7 +89,7 @@ def build(words: argparse.Namespace) -> int:
     summary = summarise(folders, read_all(folders), words.metric, words.higher_is_better)
     if len(folders) == 1:
         summary.sweep = read_sweep(folders[0])
-    code, summary.verdict, summary.verdict_lines = judge(folders)
+    code, summary.verdict, summary.verdict_lines = judge(summary)
     for run in summary.runs:
         if run.problem:
             print(f"warning: {run.problem}; the run is left out", file=sys.stderr)
@@ -118,7 +121,7 @@ def entity_and_project(word: str) -> tuple[str, str]:
     return parts[0], parts[1]
 
 
-def judge(folders: list[Path]) -> tuple[int, dict[str, Any] | None, list[str]]:
+def judge(summary: Summary) -> tuple[int, dict[str, Any] | None, list[str]]:
     """Exit code, verdict and its words, of the claim that the sweep carries (None where it carries none).
 
     A claim that cannot be judged is said, and the rest of the report is still made.
@@ -126,10 +129,11 @@ def judge(folders: list[Path]) -> tuple[int, dict[str, Any] | None, list[str]]:
     from framework.entry import describe
 
     module = optional_module("framework.claims")
-    if module is None or len(folders) != 1:
+    carried = any(key.split(".")[0] == "claim" and value is not None for run in summary.runs for key, value in run.config.items())
+    if module is None or not carried or len(summary.folders) != 1:
         return 0, None, []
     try:
-        verdict = module.judge(folders[0])
+        verdict = module.judge(summary.folders[0])
     except UserError as error:
         lines, code = describe(error)
         for line in lines:

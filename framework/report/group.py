@@ -31,6 +31,11 @@ class Configuration:
         return [run.seed for run in self.runs]
 
     @property
+    def lost(self) -> int:
+        """Seeds that were begun and have no finished run: with them the mean might be another."""
+        return len({run.seed for run in self.others} - set(self.seeds))
+
+    @property
     def command(self) -> str:
         """The line that makes all counted runs of this configuration."""
         words = [word for word in self.runs[0].overrides if not word.startswith("seed=")]

@@ -63,7 +63,7 @@ def results(summary: Summary) -> str:
     for metric in summary.metrics:
         columns += [f"{metric} mean", "spread (std)", "best"]
     for configuration, result in zip(summary.configurations, summary.results):
-        row: list[object] = [configuration.label, len(configuration.runs)]
+        row: list[object] = [configuration.label, text.seed_count(configuration)]
         for metric in summary.metrics:
             found = result.get(metric)
             row += ["–", "–", "–"] if found is None else [

@@ -126,7 +126,7 @@ def results(summary: Summary) -> str:
     for metric in summary.metrics:
         columns += [metric, "spread (std)", "best"]
     for i, result in enumerate(summary.results):
-        row = [name(summary, i), str(len(summary.configurations[i].runs))]
+        row = [name(summary, i), text.seed_count(summary.configurations[i])]
         for metric in summary.metrics:
             found = result.get(metric)
             if found is None:

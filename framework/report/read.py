@@ -114,7 +114,7 @@ def find_runs(folder: Path) -> list[Path]:
 
 def is_failed_job(path: Path, files: list[str]) -> bool:
     """Is this the folder of a training job that failed before it became a run? A sweep leaves its words and an error there."""
-    stored: dict[str, Any] = read_yaml(path / ".hydra" / "hydra.yaml").get("hydra") or {}
+    stored: Any = read_yaml(path / ".hydra" / "hydra.yaml").get("hydra") or {}
     of_training = (stored.get("job") or {}).get("name") == "train"
     return of_training or ERROR_FILE in files
 
@@ -143,8 +143,8 @@ def read_run(path: Path) -> RunData:
     if state.get("status") == "running" and is_dead(path):
         state["status"] = "killed"
     config = read_config(path, problems)
-    hydra: dict[str, Any] = read_yaml(path / ".hydra" / "hydra.yaml").get("hydra") or {}
-    chosen: dict[str, Any] = state.get("choices") or (hydra.get("runtime") or {}).get("choices") or {}
+    hydra: Any = read_yaml(path / ".hydra" / "hydra.yaml").get("hydra") or {}
+    chosen: Any = state.get("choices") or (hydra.get("runtime") or {}).get("choices") or {}
     choices = {k: str(v) for k, v in chosen.items() if v not in (None, "null") and not k.startswith("hydra/")}
     overrides = (hydra.get("overrides") or {}).get("task") or []
     run = RunData(path, state, config, choices, [str(word) for word in overrides], {}, str(hydra.get("mode")).endswith("MULTIRUN"))

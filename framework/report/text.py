@@ -7,6 +7,7 @@ import io
 import math
 
 from framework.report.curves import quantity
+from framework.report.group import Configuration
 from framework.report.summary import ONE_SEED, Paired, Spread, Summary
 
 
@@ -24,6 +25,12 @@ def mean_and_spread(spread: Spread | None) -> str:
     if spread is None:
         return "–"
     return number(spread.mean) if spread.std is None else f"{number(spread.mean)} ± {spread.std:.2g}"
+
+
+def seed_count(configuration: Configuration) -> str:
+    """'3', or '2 of 3' where a seed has no finished run."""
+    n = len(configuration.runs)
+    return f"{n} of {n + configuration.lost}" if configuration.lost else str(n)
 
 
 def spread_text(spread: Spread | None) -> str:
@@ -77,6 +84,8 @@ def headline(summary: Summary) -> str:
         return f"No configuration has {summary.metric} for all its seeds."
     seeds = f"{best.n} seeds" if best.n > 1 else ONE_SEED
     name = summary.configurations[0].label
+    if summary.configurations[0].lost:
+        seeds += f", {summary.configurations[0].lost} more not finished"
     if len(summary.configurations) == 1:
         return f"{name}: {summary.metric} {mean_and_spread(best)} ({seeds})."
     against = [pair for pair in summary.pairs if name in (pair.first, pair.second)]
@@ -97,7 +106,11 @@ def table_csv(summary: Summary) -> str:
     """table.csv: one row a configuration, all digits: figures (mean, std, min, max), costs (means), keys that differ, command."""
     rows = []
     for i, configuration in enumerate(summary.configurations):
-        row: dict[str, object] = {"configuration": configuration.label, "n_seeds": len(configuration.runs)}
+        row: dict[str, object] = {
+            "configuration": configuration.label,
+            "n_seeds": len(configuration.runs),
+            "lost_seeds": configuration.lost,
+        }
         row["seeds"] = " ".join(str(seed) for seed in configuration.seeds)
         for metric in summary.metrics:
             if found := summary.results[i].get(metric):

@@ -28,12 +28,12 @@ SEED, STEPS = 1, 2
 
 @dataclass(frozen=True)
 class Rule:
-    """Cells that are refused on purpose. needs: what a machine must have for them to work after all. instead: words that make it legal."""
+    """Cells that are refused on purpose. machine: the kind on which they are. instead: words that make the first option legal."""
 
     cell: dict[str, list[str]]
     reason: str
     message: str
-    needs: str | None = None
+    machine: str | None = None  # with cuda | without cuda; None: any
     instead: dict[str, str] = field(default_factory=dict)
 
     def covers(self, cell: Cell) -> bool:
@@ -47,7 +47,8 @@ class Rule:
 
     @property
     def holds_here(self) -> bool:
-        return self.needs != "cuda" or not torch.cuda.is_available()
+        """Is this machine of the rule's kind?"""
+        return self.machine in (None, "with cuda" if torch.cuda.is_available() else "without cuda")
 
 
 @dataclass(frozen=True)
@@ -126,21 +127,22 @@ def fits(config_name: str, group: str, option: str) -> bool:
 
 
 def legal_cells(rules: list[Rule]) -> list[Cell]:
-    """For each rule that says what makes its option legal: that."""
-    return [{**dict([next((key, values[0]) for key, values in rule.cell.items())]), **rule.instead} for rule in rules if rule.instead]
+    """For each rule of this machine that says what makes its option legal: that."""
+    found = [(rule, *next(iter(rule.cell.items()))) for rule in rules if rule.instead and rule.holds_here]
+    return [{key: values[0], **rule.instead} for rule, key, values in found]
 
 
 def verdict(outcome: Outcome, rules: list[Rule]) -> str | None:
     """What is wrong with an outcome given the rules; None when it is as it should be."""
-    rule = next((rule for rule in rules if rule.holds_here and rule.covers(outcome.cell)), None)
+    covering = [rule for rule in rules if rule.holds_here and rule.covers(outcome.cell)]
     name = label(outcome.cell)
     if outcome.status == "failed":
         return f"{name}: {'; '.join(outcome.problems)}"
-    if outcome.status == "refused" and rule is None:
+    if outcome.status == "refused" and not covering:
         return f"{name}: refused ({outcome.message}), but {RULES.name} does not list it; make it work, or list it with its reason"
-    if outcome.status == "refused" and rule is not None and rule.message not in outcome.message:
-        return f"{name}: refused with {outcome.message!r}; {RULES.name} promises {rule.message!r}"
-    if outcome.status == "trained" and rule is not None:
+    if outcome.status == "refused" and not any(rule.message in outcome.message for rule in covering):
+        return f"{name}: refused with {outcome.message!r}; {RULES.name} promises {covering[0].message!r}"
+    if outcome.status == "trained" and covering:
         return f"{name}: works, but {RULES.name} lists it as illegal; take it out"
     return None
 

@@ -203,13 +203,13 @@ def run_decoding(bench: Bench, cell: Cell, run: Path, start: Callable[[list[str]
 
 def train_here(words: list[str]) -> int:
     """A training run in this process; one of several processes as a command of its own, because each of them starts it again."""
-    from framework.train import train
-
     try:
+        from framework.train import train
+
         config = build.compose("train", words)
         if config.trainer.get("devices", 1) not in (1, "1", "auto") or config.trainer.get("num_nodes", 1) != 1:
             done = subprocess.run([sys.executable, str(ENTRY), *words], capture_output=True, text=True)
-            print(done.stdout, done.stderr)
+            print(done.stdout, done.stderr, sep="\n")
             return done.returncode
         config.paths.output_dir = str(Path(config.paths.root) / "run")
         train(config, Path(config.paths.output_dir))
@@ -220,9 +220,9 @@ def train_here(words: list[str]) -> int:
 
 def generate_here(words: list[str]) -> int:
     """A generation in this process."""
-    from framework.generate import generate
-
     try:
+        from framework.generate import generate
+
         config = build.compose("generate", words)
         generate(config, Path(config.paths.output_dir))
     except (Exception, KeyboardInterrupt) as error:

@@ -63,7 +63,8 @@ def judge(sweep_dir: str | Path) -> dict[str, Any] | None:
         faults.append(f"the runs depart from the experiment by {', '.join(foreign)}")
     if len(nodes) > 1:
         faults.append(f"the runs carry {len(nodes)} different claims")
-    stage_one, notes = check_first_stage(claim, stages, claim_hash(stored), cells)
+    stage_one, unfair, notes = check_first_stage(claim, stages, claim_hash(stored), cells)
+    faults += unfair
     experiment = next((str(job.choices["experiment"]) for job in jobs if job.choices.get("experiment")), None)
     changed = experiment is not None and claim_hash(declared(experiment)) != claim_hash(stored)
     if changed:
@@ -122,31 +123,31 @@ def departures(claim: Claim, jobs: list[Job]) -> list[str]:
     return found
 
 
-def check_first_stage(claim: Claim, stages: set[str], wanted: str, cells: Cells) -> tuple[dict[str, Any], list[str]]:
-    """What the first stage found, for the verdict, and what to know about it; ({}, []) where there was none."""
+def check_first_stage(claim: Claim, stages: set[str], wanted: str, cells: Cells) -> tuple[dict[str, Any], list[str], list[str]]:
+    """What the first stage found, for the verdict; what makes it no fair choice; what else to know. ({}, [], []) where there was none."""
     if not stages:
-        return {}, []
-    folder, notes = Path(min(stages)), [] if len(stages) == 1 else [f"the runs name {len(stages)} first stages"]
+        return {}, [], []
+    folder, faults = Path(min(stages)), [] if len(stages) == 1 else [f"the runs name {len(stages)} first stages"]
     try:
         jobs = read_jobs(folder)
         found = first_stage(folder, claim, jobs)
     except UserError as error:
-        return {"sweep": shown(folder)}, [*notes, f"the first stage cannot be read: {error}"]
+        return {"sweep": shown(folder)}, [*faults, f"the first stage cannot be read: {error}"], []
     if foreign := departures(claim, jobs):
-        notes.append(f"the first stage departs from the experiment by {', '.join(foreign)}")
-    notes += [f"{arm}: the best {key} of the first stage, {row['best'][key]:g}, is the last one tried; a better one may lie beyond"
-              for arm, row in found.items() for key in row["at_edge"]]  # fmt: skip
+        faults.append(f"the first stage departs from the experiment by {', '.join(foreign)}")
     sizes = {arm: len(row["points"]) for arm, row in found.items()}
     if len(set(sizes.values())) > 1:
-        notes.append(f"unequal budgets in the first stage: points {', '.join(f'{arm} {n}' for arm, n in sizes.items())}")
+        faults.append(f"unequal budgets in the first stage: points {', '.join(f'{arm} {n}' for arm, n in sizes.items())}")
     if {claim_hash(node) for job in jobs if (node := plain(job.config.get("claim")))} - {wanted}:
-        notes.append("the first stage ran with another version of the claim")
+        faults.append("the first stage ran with another version of the claim")
     for (arm, seed), job in cells.items():
         used = {key: plain(OmegaConf.select(job.config, key)) for key in claim.tunes}
         if used != found[arm]["best"]:
-            notes.append(f"{arm} seed {seed} ran with {used}, not with the best of the first stage")
+            faults.append(f"{arm} seed {seed} ran with {used}, not with the best of the first stage")
+    notes = [f"{arm}: the best {key} of the first stage, {row['best'][key]:g}, is the last one tried; a better one may lie beyond"
+             for arm, row in found.items() for key in row["at_edge"]]  # fmt: skip
     minutes = sum(job.metrics.get("seconds", 0.0) for job in jobs) / 60
-    return {"sweep": shown(folder), "command": command(folder), "minutes": round(minutes, 2), "arms": found}, notes
+    return {"sweep": shown(folder), "command": command(folder), "minutes": round(minutes, 2), "arms": found}, faults, notes
 
 
 def compare(claim: Claim, cells: Cells, other: str, axis: str) -> dict[str, Any]:

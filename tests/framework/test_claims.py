@@ -11,7 +11,7 @@ from components.contracts import UserError
 from framework import claims
 from framework.arms import claim_hash, declared, first_stage, problems, read_claim, tuned
 from framework.claims import BEGIN, END, INCONCLUSIVE, NOT_SUPPORTED, SUPPORTED, judge, main, write_results
-from framework.statistics import mean_interval, t_quantile, welch_interval
+from framework.statistics import welch_interval
 
 CLAIM = {
     "statement": "new beats old", "metric": "val/bits_per_byte", "arms": {"new": {"optimizer": "new"}, "old": {"optimizer": "old"}},
@@ -271,6 +271,26 @@ def test_verdict_reports_the_first_stage(tmp_path):
     assert verdict["minutes"] == 1.2  # both stages
 
 
+@pytest.mark.parametrize(
+    ("change", "why"),
+    [
+        (lambda one: one.rename(one.with_name("moved")), "the first stage cannot be read"),
+        (lambda one: write_job(one, 9, "old", 1, 9.0, claim=TUNED, optimizer={"lr": 0.8}), "unequal budgets .*: points new 3, old 4"),
+        (lambda one: write_job(one, 9, "new", 1, 0.5, claim=TUNED, optimizer={"lr": 0.8}), "new seed 1 ran with .*, not with the best"),
+        (lambda one: write_job(one, 9, "new", 2, 9.0, claim=CLAIM, optimizer={"lr": 0.1}), "ran with another version of the claim"),
+        (lambda one: write_job(one, 9, "new", 2, 9.0, claim=TUNED, optimizer={"lr": 0.1}, words=["data=text"]), "departs .* by data=text"),
+    ],
+)  # fmt: skip
+def test_unfair_first_stage_is_inconclusive(tmp_path, change, why):
+    first, second = write_first_stage(tmp_path / "one"), tmp_path / "two"
+    for number, (arm, seed, value) in enumerate((a, s, v) for a, vs in (("new", NEW), ("old", OLD)) for s, v in enumerate(vs, 1)):
+        lr = {"new": 0.2, "old": 0.4}[arm]
+        write_job(second, number, arm, seed, value, claim=TUNED, stage_one=str(first), optimizer={"lr": lr})
+    change(first)
+    verdict = judge(second)
+    assert verdict["verdict"] == INCONCLUSIVE and any(re.search(why, line) for line in verdict["why"]), verdict["why"]
+
+
 def test_tuned_resolver_gives_this_arm_its_value(tmp_path):
     folder = str(write_first_stage(tmp_path / "one"))
     config = OmegaConf.create({"claim": {**TUNED, "arms": {"new": {"kind": "new"}, "old": {"kind": "old"}}}, "stage_one": folder})
@@ -319,39 +339,6 @@ def test_results_page_keeps_what_is_written_by_hand(tmp_path, monkeypatch, capsy
     page.write_text("no markers")
     with pytest.raises(UserError, match="lacks the lines"):
         write_results(tmp_path / "docs")
-
-
-# ---------------------------------------------------------------------------------------------------------- statistics
-
-
-@pytest.mark.parametrize(  # printed tables of Student's t
-    ("p", "df", "value"),
-    [(0.975, 1, 12.7062), (0.975, 2, 4.30265), (0.975, 4, 2.77645), (0.95, 10, 1.81246), (0.995, 3, 5.84091), (0.975, 30, 2.04227),
-     (0.975, 1e9, 1.959964), (0.9995, 5, 6.86883), (0.025, 2, -4.30265), (0.5, 7, 0.0)],
-)  # fmt: skip
-def test_t_quantile_equals_the_tables(p, df, value):
-    assert t_quantile(p, df) == pytest.approx(value, rel=3e-6, abs=1e-9)
-
-
-def test_t_quantile_of_fractional_df_lies_between():
-    assert t_quantile(0.975, 3) < t_quantile(0.975, 2.5) < t_quantile(0.975, 2)
-    with pytest.raises(ValueError, match="df"):
-        t_quantile(0.975, 0.5)
-
-
-def test_mean_interval_by_hand():
-    """1, 2, 3: s = 1, half = 4.302653 / sqrt(3) = 2.484138."""
-    assert mean_interval([1, 2, 3]) == pytest.approx((2.0, -0.484138, 4.484138), abs=1e-6)
-    assert mean_interval([5.0]) == (5.0, float("-inf"), float("inf"))
-    with pytest.raises(ValueError, match="no values"):
-        mean_interval([])
-
-
-def test_welch_interval_by_hand():
-    """1, 2, 3 and 4, 5, 9: variances 1 and 7; s^2 = 8/3; df = (8/3)^2 / ((1/9 + 49/9) / 2) = 2.56."""
-    difference, low, high = welch_interval([1, 2, 3], [4, 5, 9])
-    half = t_quantile(0.975, 2.56) * (8 / 3) ** 0.5
-    assert (difference, low, high) == pytest.approx((-4.0, -4.0 - half, -4.0 + half))
 
 
 # ---------------------------------------------------------------------------------------------------------- real runs

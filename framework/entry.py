@@ -106,8 +106,9 @@ def run_job(job: Job, config: DictConfig) -> Any:
     except (Exception, KeyboardInterrupt) as error:
         Outcome.code = report(error, bool(config.get("traceback")))
         if sweep.in_sweep():
-            return sweep.end_failed_job(config, error, Outcome.code)
-        remove_empty_run()
+            sweep.end_failed_job(config, error, Outcome.code)
+        else:
+            remove_empty_run()
         return None
 
 

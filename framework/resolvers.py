@@ -51,6 +51,11 @@ def direction(metric: str) -> str:
     return "maximize" if any(part in metric.lower() for part in HIGHER_IS_BETTER) else "minimize"
 
 
+def failure_rate(on_error: str) -> float:
+    """Share of failed trials that a search bears, of those proposed at once: all of them, or none."""
+    return 0.0 if on_error == "raise" else 1.0
+
+
 def precision(accelerator: str) -> str:
     """Lightning precision of the fastest safe kind: bf16 autocast on GPUs and on processors with bf16 instructions, else fp32."""
     if accelerator == "cpu" and not cpu_has_bf16():
@@ -76,5 +81,5 @@ def tuned(key: str, *, _root_: Any) -> Any:
 
 def register() -> None:
     """Register all resolvers; harmless when called again (multirun, tests)."""
-    for function in (slug, run_dir, run_sub, job_dir, direction, precision, tuned):
+    for function in (slug, run_dir, run_sub, job_dir, direction, failure_rate, precision, tuned):
         OmegaConf.register_new_resolver(function.__name__, function, replace=True)

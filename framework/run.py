@@ -16,12 +16,17 @@ from framework.runs import locked, read_state
 def train(config: DictConfig) -> float | None:
     """Train or continue a run; return the optimised metric."""
     run_dir = Path(config.paths.output_dir)
+    if config.preflight:
+        from framework.preflight import preflight
+
+        preflight(config, run_dir)
+        return None
     if config.resume and config.ckpt:
         raise UserError(f"ckpt: {config.ckpt!r} and resume={config.resume!r} exclude each other: a new run, or one continued")
     if sweep.in_sweep():
-        known = sweep.begin_job(config, run_dir)
-        if known is not None:
-            return known
+        work_left, metric = sweep.begin_job(config, run_dir)
+        if not work_left:
+            return metric
         if (run_dir / "config.yaml").is_file() and read_state(run_dir):
             return resume(config, run_dir)
     if config.resume and read_state(run_dir):

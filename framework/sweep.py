@@ -11,7 +11,6 @@ from __future__ import annotations
 
 import datetime
 import json
-import math
 import os
 import re
 import shlex
@@ -26,7 +25,7 @@ from hydra.core.hydra_config import HydraConfig
 from hydra.types import RunMode
 from omegaconf import DictConfig
 
-from framework.runs import is_locked, read_state, replace_file, typed_before, write_state
+from framework.runs import FINISHED, is_locked, read_state, replace_file, typed_before, write_state
 
 SWEEP_FILE, ERROR_FILE = "sweep.json", "error.txt"
 FLAGS = ("-m", "--multirun")
@@ -103,7 +102,7 @@ class Sweep:
             print(f"job {job.number}: {job.status}: {job.error} ({job.folder}/{ERROR_FILE})", file=sys.stderr)
         if len(failed) > SHOWN_ERRORS:
             print(f"and {len(failed) - SHOWN_ERRORS} more failed", file=sys.stderr)
-        if any(job.status not in ("done", "diverged") for job in jobs) or code:
+        if any(job.status not in FINISHED for job in jobs) or code not in (0, 2):
             print(f"finish it: python train.py resume={self.folder}   (what is done is not repeated)")
         print(f"report:    python -m framework.report {self.folder}")
         if code not in (0, 1, 2):
@@ -137,8 +136,16 @@ def job_folder(sweep_dir: str, number: int, words: Sequence[str], slug: str) -> 
             if job.number < first and job.folder and set(job.words) <= set(words):
                 return job.folder.name
     shown = [w.partition("=") for w in words]
-    extra = [f"{k.rpartition('.')[2]}{v.replace('+', '')}" for k, _, v in shown if k in record.get("swept", ()) and "." in k]
+    extra = [f"{k.rpartition('.')[2]}{rounded(v)}" for k, _, v in shown if k in record.get("swept", ()) and "." in k]
     return re.sub(r"[^A-Za-z0-9._-]+", "-", "-".join([f"{number + first}_{slug}", *extra]))[:100]
+
+
+def rounded(value: str) -> str:
+    """A swept value as a folder's name shows it."""
+    try:
+        return f"{float(value):.4g}".replace("+", "")
+    except ValueError:
+        return value
 
 
 def read_jobs(folder: Path) -> list[Job]:
@@ -186,24 +193,24 @@ def table(jobs: list[Job]) -> list[str]:
     ]
 
 
-def begin_job(config: DictConfig, run_dir: Path) -> float | None:
-    """What is known of a job before it starts: its metric where it is done, NaN where it diverged, None where there is work left."""
-    (run_dir / ERROR_FILE).unlink(missing_ok=True)
+def begin_job(config: DictConfig, run_dir: Path) -> tuple[bool, float | None]:
+    """Is there work left for a job, and if not, its metric (None: it diverged, and would again)."""
     status = read_state(run_dir).get("status")
     if status == "done":
         print(f"{run_dir} is done already", flush=True)
-        value = read_job(0, run_dir).metrics.get(config.optimized_metric)
-        return math.nan if value is None else float(value)
+        return False, read_job(0, run_dir).metrics.get(config.optimized_metric)
     if status == "diverged":
         print(f"{run_dir} diverged; it is not tried again", flush=True)
-        return math.nan
-    if status is not None:
+        return False, None
+    if status is not None and not is_locked(run_dir):
+        (run_dir / ERROR_FILE).unlink(missing_ok=True)
         write_state(run_dir, error="", exit_code=0)
-    return None
+    return True, None
 
 
-def end_failed_job(config: DictConfig, error: BaseException, code: int) -> float:
-    """Write a failure into the job's folder. Returns NaN, which a sampler takes as a failed trial, so that the others go on.
+def end_failed_job(config: DictConfig, error: BaseException, code: int) -> None:
+    """Write a failure into the job's folder. Hydra gets no value for it, which a sampler takes as a failed trial, and the others go on.
+    (NaN would do in principle, but Optuna 2.10 with the sweeper of Hydra 1.3 ends the whole search at it.)
 
     Raises:
         KeyboardInterrupt: the job was interrupted, and so the sweep is.
@@ -220,7 +227,6 @@ def end_failed_job(config: DictConfig, error: BaseException, code: int) -> float
         replace_file(folder / ERROR_FILE, "\n".join([*lines, "", "".join(traceback.format_exception(error))]))
     if config.get("on_error") == "raise":
         raise JobFailed(f"job in {folder} failed")
-    return math.nan
 
 
 def might_sweep(words: list[str]) -> bool:

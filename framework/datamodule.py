@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import sys
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sized
+from dataclasses import replace
 
 import lightning.pytorch as pl
+import torch
 
-from components.contracts import Batch, BatchStream, Data, UserError
+from components.contracts import IGNORE, Batch, BatchStream, Data, UserError
 
 
 class EndlessLoader:
@@ -61,6 +63,32 @@ class EndlessLoader:
         self.stream.load_state_dict(state)
 
 
+class Share:
+    """Every `of`-th batch, from number `rank` on. Where the last ones are missing, batches stand in whose labels do not count.
+
+    All processes then see equally many: one that goes on alone would wait for the others.
+    """
+
+    def __init__(self, batches: Iterable[Batch], rank: int, of: int) -> None:
+        """batches: re-iterable."""
+        self.batches, self.rank, self.of = batches, rank, of
+        self.length = -(-(len(batches) if isinstance(batches, Sized) else sum(1 for _ in batches)) // of)
+
+    def __len__(self) -> int:
+        return self.length
+
+    def __iter__(self) -> Iterator[Batch]:
+        given, spare = 0, None
+        for index, batch in enumerate(self.batches):
+            spare = spare or batch
+            if index % self.of == self.rank:
+                given += 1
+                yield batch
+        assert spare is not None and spare.labels is not None
+        for _ in range(self.length - given):
+            yield replace(spare, labels=torch.full_like(spare.labels, IGNORE), loss_tokens=0)
+
+
 class StreamDataModule(pl.LightningDataModule):
     """Train and validation loaders over a `Data` option."""
 
@@ -83,5 +111,8 @@ class StreamDataModule(pl.LightningDataModule):
         return EndlessLoader(stream, accumulate, repeat=int(trainer.overfit_batches))  # type: ignore[attr-defined]
 
     def val_dataloader(self) -> Iterable[Batch]:
-        """Every held-out token once as a label."""
-        return self.data.val_batches()
+        """Every held-out token once as a label, over all processes together."""
+        trainer = self.trainer
+        assert trainer is not None
+        batches = self.data.val_batches()
+        return batches if trainer.world_size == 1 else Share(batches, trainer.global_rank, trainer.world_size)

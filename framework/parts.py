@@ -79,11 +79,17 @@ def check_same_data(now: dict[str, Any] | None, run_dir: Path, config: DictConfi
     )
 
 
+def with_head(config: DictConfig, parts: Parts) -> DictConfig:
+    """A resolved copy of the configuration with the size of the head filled in."""
+    config = DictConfig(OmegaConf.to_container(config, resolve=True))
+    config.model.vocab_size = parts.model.vocab_size
+    return config
+
+
 def save_setup(config: DictConfig, run_dir: Path, parts: Parts) -> DictConfig:
     """Write config.yaml (resolved, without secrets) and the tokenizer; return the configuration with the size of the head filled in."""
     run_dir.mkdir(parents=True, exist_ok=True)
-    config = DictConfig(OmegaConf.to_container(config, resolve=True))
-    config.model.vocab_size = parts.model.vocab_size
+    config = with_head(config, parts)
     facts = {"versions": runtime.versions(), "git": runtime.git_state()}
     trailer = "".join(f"# {line}\n" for line in OmegaConf.to_yaml(facts).splitlines())
     replace_file(run_dir / "config.yaml", OmegaConf.to_yaml(masked(OmegaConf.to_container(config))) + trailer)

@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import contextlib
 import datetime
+import io
 import logging
+import os
 import shlex
 import sys
 import warnings
@@ -16,7 +19,7 @@ from rich.console import Console
 from rich.table import Table
 
 from components.optim.groups import describe
-from framework import build, runtime
+from framework import build, distributed, runtime
 from framework.callbacks.checkpoints import Checkpoints, StopOnSignal
 from framework.callbacks.ema import Ema
 from framework.callbacks.exact_state import ExactState
@@ -26,13 +29,11 @@ from framework.callbacks.progress import ProgressLine
 from framework.callbacks.samples import Samples, sample_writer
 from framework.callbacks.step import LastStep
 from framework.callbacks.throughput import Throughput
-from framework.checkpoint import (
-    AtomicCheckpointIO,
-)  # fmt: skip
+from framework.checkpoint import AtomicCheckpointIO
 from framework.datamodule import StreamDataModule
 from framework.estimate import count_parameters, estimate
 from framework.logging import LocalLogger, RunLogger, masked, masked_word, read_rows, say, say_text, write_summary
-from framework.parts import Parts, build_parts, save_setup, sweep_of
+from framework.parts import Parts, build_parts, save_setup, sweep_of, with_head
 from framework.plots import loss_curve
 from framework.runs import choices, inherited_choices, read_state, write_state
 
@@ -57,13 +58,13 @@ def train(config: DictConfig, run_dir: Path, resuming: bool = False) -> dict[str
     for name in NOISE:
         logging.getLogger(name).setLevel(logging.ERROR)
     runtime.prepare_process(config.seed)
-    parts = build_parts(config, run_dir, resuming)
-    config = save_setup(config, run_dir, parts)
-    session = Session(config, run_dir, parts)
-    session.announce()
-    with warnings.catch_warnings():
+    first = distributed.is_first()
+    with contextlib.nullcontext() if first else contextlib.redirect_stdout(io.StringIO()), warnings.catch_warnings():
         warnings.filterwarnings("ignore", module=r"lightning\..*")  # advice on loaders and logging that does not apply here
-        return session.run()
+        parts = build_parts(config, run_dir, resuming)
+        config = save_setup(config, run_dir, parts) if first else with_head(config, parts)
+        session = Session(config, run_dir, parts, resuming)
+        return session.run() if first else session.follow()
 
 
 def profile_of(trainer: pl.Trainer) -> str:
@@ -73,22 +74,26 @@ def profile_of(trainer: pl.Trainer) -> str:
 
 
 class Session:
-    """One process' part of a run: from the built parts to the last line."""
+    """One process' part of a run: from the built parts to the last line. Only the first process writes and talks."""
 
-    def __init__(self, config: DictConfig, run_dir: Path, parts: Parts) -> None:
-        self.config, self.run_dir, self.parts = config, run_dir, parts
+    def __init__(self, config: DictConfig, run_dir: Path, parts: Parts, resuming: bool = False) -> None:
+        self.config, self.run_dir, self.parts, self.resuming = config, run_dir, parts, resuming
         self.signals = runtime.StopSignals()
-        self.service: RunLogger | None = build.build(config.logger)
-        self.loggers: list[RunLogger] = [LocalLogger(run_dir, keep_up_to=parts.start_step if parts.resume_file else -1)]
-        self.loggers += [self.service] if self.service is not None else []
+        self.service: RunLogger | None = None
+        self.loggers: list[RunLogger] = []
+        if distributed.is_first():
+            self.service = build.build(config.logger)
+            self.loggers.append(LocalLogger(run_dir, keep_up_to=parts.start_step if parts.resume_file else -1))
+            self.loggers += [self.service] if self.service is not None else []
         self.datamodule = StreamDataModule(parts.data, config.seed)
         self.write_sample = sample_writer(
             parts.model, parts.tokenizer, parts.data, config.samples.prompt, config.samples.max_new_tokens, config.seed
         )
         self.trainer = self.make_trainer()
         self.device = self.trainer.strategy.root_device
-        self.peak, self.peak_source = runtime.peak_flops(self.device, self.trainer.precision)
-        self.clock.peak_flops = self.peak
+        if distributed.is_sharded(self.trainer):
+            distributed.check_sharded(config, build.build_optimizer(config, parts.model))
+            distributed.mark_units(parts.model)
         self.task = self.make_task()
 
     def make_trainer(self) -> pl.Trainer:
@@ -133,20 +138,25 @@ class Session:
 
     def announce(self) -> None:
         """Say what this run is, what it will cost, and how its parameters are grouped."""
-        parts, trainer = self.parts, self.trainer
+        parts, trainer, processes = self.parts, self.trainer, self.trainer.world_size
+        peak, self.peak_source = runtime.peak_flops(self.device, trainer.precision)
+        shared = self.device.type == "cpu" and "OMP_NUM_THREADS" not in os.environ  # the processes divide what was measured
+        self.clock.peak_flops = peak * (trainer.num_nodes if shared else processes) if peak else None
         trainable, total = count_parameters(parts.model)
         facts, rows = parts.data.summary(), parts.data.batch_size
         micro_batches = max(0, trainer.max_steps - parts.start_step) * trainer.accumulate_grad_batches
         cost = estimate(
             parts.model, self.device, vocab_size=parts.tokenizer.vocab_size, rows=rows, seq_len=parts.data.seq_len,
-            precision=trainer.precision, micro_batches=micro_batches, flops_per_token=self.clock.flops_per_token, peak_flops=self.peak,
+            precision=trainer.precision, micro_batches=micro_batches, flops_per_token=self.clock.flops_per_token, peak_flops=peak,
         )  # fmt: skip
-        tokens = micro_batches * rows * parts.data.seq_len * trainer.world_size
+        tokens = micro_batches * rows * parts.data.seq_len * processes
         time = f"{cost.seconds:.0f} s" if cost.seconds is not None else "an unknown time"
-        speed = f", peak {self.peak / 1e9:,.0f} GFLOP/s ({self.peak_source})" if self.peak else f" ({self.peak_source})"
+        peak = self.clock.peak_flops
+        speed = f", peak {peak / 1e9:,.0f} GFLOP/s ({self.peak_source})" if peak else f" ({self.peak_source})"
         say(
             f"{total:,} parameters ({trainable:,} trainable); {facts.get('train_tokens', 0):,} training tokens in the data, "
-            f"{tokens:,} in this run ({trainer.precision}); about {cost.memory_bytes / 2**30:.1f} GiB and {time} ({cost.source}); "
+            f"{tokens:,} in this run ({trainer.precision}{f', {processes} processes' if processes > 1 else ''}); "
+            f"about {cost.memory_bytes / 2**30:.1f} GiB{' each' if processes > 1 else ''} and {time} ({cost.source}); "
             f"{self.clock.flops_per_token / 1e6:,.1f} MFLOP a token{speed}"
         )
         table = Table(box=None, pad_edge=False)
@@ -162,9 +172,10 @@ class Session:
     def run(self) -> dict[str, float]:
         """Fit; whatever happens, leave a true status and nothing open behind."""
         status, code, metrics = "failed", 1, {}
+        self.announce()
         self.open()
         try:
-            with self.signals.guarded():
+            with self.signals.guarded(), distributed.all_processes(self.trainer, self.config, self.run_dir, self.resuming):
                 self.fit()
             metrics = self.finish()
             status, code = "done", 0
@@ -186,6 +197,12 @@ class Session:
         say(f"next: python generate.py ckpt={self.run_dir} prompt='...'")
         say(f"or:   python train.py ckpt={self.run_dir} data=text data.path=FILE   (go on from these weights on text of your own)")
         return metrics
+
+    def follow(self) -> dict[str, float]:
+        """The part of a process that is not the first: fit and nothing else."""
+        with self.signals.guarded(), distributed.all_processes(self.trainer, self.config, self.run_dir, self.resuming):
+            self.fit()
+        return {}
 
     def open(self) -> None:
         """Make the run known: run_state.json, then the service, with the whole configuration."""

@@ -8,11 +8,13 @@ from pathlib import Path
 from typing import Any
 
 import lightning.pytorch as pl
+import torch
 
 from framework.callbacks.metrics import MetricsRow
 from framework.callbacks.step import StepCallback
 from framework.callbacks.throughput import Throughput
 from framework.checkpoint import FOLDER, checkpoint_name, checkpoint_step, checkpoints
+from framework.distributed import reduced
 from framework.runs import write_state
 from framework.runtime import Interrupted, StopSignals
 
@@ -44,6 +46,7 @@ class Checkpoints(StepCallback):
         best = score is not None and self.keep_best > 0 and score < min(self.scores.values(), default=float("inf"))
         if score is not None:
             self.scores[name] = score
+            best = trainer.strategy.broadcast(best)  # saving is a thing that all processes do or none
         if best or step % self.every_steps == 0 or step >= trainer.max_steps or trainer.should_stop:
             self.save(trainer, step)
 
@@ -100,8 +103,11 @@ class StopOnSignal(StepCallback):
         Raises:
             Interrupted: a signal came and training is not over.
         """
-        if self.signals.received is None or step >= trainer.max_steps:
+        received = self.signals.received or 0
+        if trainer.world_size > 1:  # it may have come to one process alone
+            received = int(reduced(torch.tensor(received, device=trainer.strategy.root_device), "max"))
+        if not received or step >= trainer.max_steps:
             return
         path = self.saver.save(trainer, step)
-        name = signal.Signals(self.signals.received).name
-        raise Interrupted(self.signals.received, f"{name}: stopped after step {step} of {trainer.max_steps}. {self.announce(step, path)}")
+        name = signal.Signals(received).name
+        raise Interrupted(received, f"{name}: stopped after step {step} of {trainer.max_steps}. {self.announce(step, path)}")

@@ -16,12 +16,12 @@ RngState = dict[str, Any]
 
 
 def rng_state() -> RngState:
-    """States of all global generators, as plain types and tensors (loadable with weights_only=True)."""
+    """States of this process' global generators, as plain types and tensors (loadable with weights_only=True)."""
     version, internal, gauss = random.getstate()
     kind, keys, position, has_gauss, cached = np.random.get_state()
     return {
         "torch": torch.get_rng_state(),
-        "cuda": torch.cuda.get_rng_state_all() if torch.cuda.is_available() else [],
+        "cuda": [torch.cuda.get_rng_state()] if torch.cuda.is_available() else [],  # of this process' device
         "python": [version, list(internal), gauss],
         "numpy": [str(kind), [int(k) for k in keys], int(position), int(has_gauss), float(cached)],  # type: ignore[call-overload]
     }
@@ -31,7 +31,7 @@ def set_rng_state(state: RngState) -> None:
     """Put the states of `rng_state` back."""
     torch.set_rng_state(state["torch"])
     if state["cuda"] and torch.cuda.is_available():
-        torch.cuda.set_rng_state_all(state["cuda"])
+        torch.cuda.set_rng_state(state["cuda"][0])
     version, internal, gauss = state["python"]
     random.setstate((version, tuple(internal), gauss))
     kind, keys, position, has_gauss, cached = state["numpy"]

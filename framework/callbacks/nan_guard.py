@@ -11,14 +11,16 @@ from torch import Tensor
 
 from components.contracts import Batch, UserError
 from framework.checkpoint import FOLDER, checkpoint_name
+from framework.distributed import is_sharded, reduced
 
 SHOWN_NAMES = 3
 
 
 def gradient_norm(module: pl.LightningModule) -> Tensor:
-    """2-norm of all gradients together, () float32 on their device."""
+    """2-norm of all gradients together, () float32 on their device; the same in every process."""
     grads = [p.grad for p in module.parameters() if p.grad is not None]
-    return torch.nn.utils.get_total_norm(grads) if grads else torch.zeros(())
+    norm = torch.nn.utils.get_total_norm(grads) if grads else torch.zeros((), device=module.device)
+    return reduced(norm**2).sqrt() if is_sharded(module.trainer) else norm  # else every process holds all of them
 
 
 class Diverged(UserError):
@@ -48,7 +50,7 @@ class NanGuard(pl.Callback):
             Diverged: loss or gradient is not finite.
         """
         task: Any = module
-        norm, loss = gradient_norm(module), task.window_loss
+        norm, loss = gradient_norm(module), task.step_loss()
         task.grad_norm = norm
         if torch.isfinite(norm + loss).item():
             return
@@ -67,6 +69,6 @@ class NanGuard(pl.Callback):
         if step == 0:
             return "no step was done before it"
         path = self.run_dir / FOLDER / checkpoint_name(step)
-        if not path.exists():
+        if not trainer.strategy.broadcast(path.exists()):  # saving is a thing that all processes do or none
             trainer.save_checkpoint(path)
         return f"the state before it is in {path}"

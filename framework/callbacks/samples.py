@@ -12,6 +12,7 @@ from components.contracts import Data, Model, SamplingParams, Tokenizer
 from framework.callbacks.exact_state import rng_state, set_rng_state
 from framework.callbacks.step import StepCallback
 from framework.callbacks.throughput import Throughput
+from framework.distributed import is_sharded
 from framework.prompts import Renderer, held_out_prompt
 
 TEMPERATURE, TOP_P = 0.8, 0.95
@@ -44,7 +45,8 @@ class Samples(StepCallback):
         self.weights = weights or (lambda module: contextlib.nullcontext())
 
     def on_step_end(self, trainer: pl.Trainer, module: pl.LightningModule, step: int) -> None:
-        if self.every_steps and step % self.every_steps == 0 and step < trainer.max_steps and trainer.is_global_zero:
+        due = self.every_steps and step % self.every_steps == 0 and step < trainer.max_steps
+        if due and trainer.is_global_zero and not is_sharded(trainer):
             self.show(f"sample at step {step}:", self.sample(module))
 
     def sample(self, module: pl.LightningModule) -> str:

@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from components.contracts import IGNORE, Batch
 from components.losses.lm import bits_per_byte, next_token_loss, nll_sum
 from framework.callbacks.nan_guard import gradient_norm
+from framework.distributed import reduced
 
 LOSS_ON = ("all", "completion")
 MakeOptimizer = Callable[[nn.Module], torch.optim.Optimizer]
@@ -45,6 +46,7 @@ class LanguageModelTask(pl.LightningModule):
         self.loss_on = loss_on
         self.window_loss: Tensor = torch.zeros(())  # mean nll of the optimizer step so far, detached
         self.window_aux: dict[str, Tensor] = {}
+        self.mean_loss: Tensor | None = None  # of the window over all processes, once it is asked for
         self.grad_norm: Tensor | None = None
         self.validation: dict[str, float] = {}
         self.own_settings = False  # on resume: learning rate and the like from the configuration, not from the checkpoint
@@ -77,7 +79,7 @@ class LanguageModelTask(pl.LightningModule):
         counted = batch.loss_tokens if batch.loss_tokens is not None else int((labels != IGNORE).sum()) * accumulate
         loss = next_token_loss(output.hidden, self.model.head_weight, labels, counted, accumulate, self.trainer.world_size)  # type: ignore[arg-type]
         if batch_idx % accumulate == 0:
-            self.window_loss, self.window_aux = torch.zeros_like(loss), {}
+            self.window_loss, self.window_aux, self.mean_loss = torch.zeros_like(loss), {}, None
         self.window_loss = self.window_loss + loss.detach() / accumulate
         for name, value in output.aux_losses.items():
             self.window_aux[name] = self.window_aux.get(name, 0.0) + value.detach() / accumulate
@@ -96,12 +98,16 @@ class LanguageModelTask(pl.LightningModule):
         elif gradient_clip_val:
             self.clip_gradients(optimizer, gradient_clip_val=gradient_clip_val, gradient_clip_algorithm=gradient_clip_algorithm)
 
+    def step_loss(self) -> Tensor:
+        """Mean negative log-likelihood of the optimizer step over all processes, () float32. To be called in all of them or none."""
+        if self.mean_loss is None:
+            self.mean_loss = reduced(self.window_loss, "mean")
+        return self.mean_loss
+
     def step_metrics(self) -> dict[str, float]:
         """Figures of the optimizer step that just ended: losses (mean over ranks), gradient norm before clipping, learning rates."""
-        loss = self.window_loss
-        if self.trainer.world_size > 1:
-            loss = self.trainer.strategy.reduce(loss, reduce_op="mean")  # type: ignore[assignment]
-        row = {"train/loss": float(loss)} | {f"train/{name}": float(value) for name, value in self.window_aux.items()}
+        row = {"train/loss": float(self.step_loss())}
+        row |= {f"train/{name}": float(reduced(value, "mean")) for name, value in self.window_aux.items()}
         if self.grad_norm is not None:
             row["opt/grad_norm"] = float(self.grad_norm)
         optimizer = self.trainer.optimizers[0]
@@ -130,8 +136,8 @@ class LanguageModelTask(pl.LightningModule):
         self.val_tokens += tokens
 
     def on_validation_epoch_end(self) -> None:
-        """Loss per token, and bits per byte of the text those tokens stand for."""
-        tokens, nll = int(self.val_tokens), float(self.val_nll)
+        """Loss per token, and bits per byte of the text those tokens stand for; every process has a share of the text."""
+        tokens, nll = int(reduced(self.val_tokens)), float(reduced(self.val_nll))
         if not tokens:
             return
         self.validation = {"val/loss": nll / tokens}
@@ -146,7 +152,7 @@ class LanguageModelTask(pl.LightningModule):
 
     def all_val_tokens(self) -> int:
         """Labels of the whole held-out text."""
-        batches: Iterable[Batch] = self.trainer.datamodule.val_dataloader()  # type: ignore[attr-defined]
+        batches: Iterable[Batch] = self.trainer.datamodule.data.val_batches()  # type: ignore[attr-defined]
         return sum(int((b.labels != IGNORE).sum()) for b in batches if b.labels is not None)
 
     def take_validation(self) -> dict[str, float]:

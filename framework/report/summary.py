@@ -144,13 +144,14 @@ def paired(first: Configuration, second: Configuration, metric: str, comparisons
 
 
 def choose_metric(runs: list[RunData], wanted: str | None) -> str:
-    """The figure that configurations are compared by: the wanted one, else what the runs were optimised for.
+    """The figure that configurations are compared by: the wanted one, else that of the claim they carry, else what they were optimised for.
 
     Raises:
         UserError: no run has it.
     """
     measured = sorted({name for run in runs for name in run.metrics})
-    metric = wanted or next((str(name) for run in runs if (name := run.config.get("optimized_metric")) in measured), "val/loss")
+    named = (run.config.get(key) for key in ("claim.metric", "optimized_metric") for run in runs)
+    metric = wanted or next((str(name) for name in named if name in measured), "val/loss")
     if metric not in measured:
         if wanted:
             raise UserError(f"--metric: {metric!r} was not measured by any run; one of {', '.join(measured)}{nearest(metric, measured)}")
@@ -175,6 +176,7 @@ def summarise(folders: list[Path], runs: list[RunData], metric: str | None = Non
     if runs and len(problems) == len(runs):
         raise UserError("\n".join(str(line) for line in problems))
     chosen = choose_metric([run for run in runs if run.status == "done"], metric)
+    higher = higher or (metric is None and any(run.config.get("claim.better") == "higher" for run in runs))
     configurations = group(runs)
 
     def rank(c: Configuration) -> tuple[bool, float]:

@@ -97,7 +97,8 @@ def headline(summary: Summary) -> str:
 def counts(summary: Summary) -> str:
     """How many configurations, runs and failures."""
     done = sum(run.status == "done" for run in summary.runs)
-    parts = [f"{len(summary.configurations)} configurations", f"{len(summary.runs)} runs", f"{done} done"]
+    sizes = ((len(summary.configurations), "configuration"), (len(summary.runs), "run"))
+    parts = [*(f"{n} {name}{'s' if n != 1 else ''}" for n, name in sizes), f"{done} done"]
     states = dict.fromkeys(run.status for run in summary.unfinished)
     return ", ".join([*parts, *(f"{sum(run.status == s for run in summary.unfinished)} {s}" for s in states)])
 

@@ -281,6 +281,14 @@ def test_a_metric_of_choice(sweep):
         summary_of(sweep, metric="val/los")
 
 
+def test_the_metric_of_a_claim_comes_before_the_optimised_one(sweep):
+    for run in sweep.iterdir():
+        with open(run / "config.yaml", "a") as file:
+            file.write("claim: {metric: tokens, better: higher}\n")
+    summary = summary_of(sweep)
+    assert (summary.metric, summary.higher) == ("tokens", True)
+
+
 def test_a_seed_without_the_figure_leaves_no_mean(sweep):
     file = sweep / "0_job-s1" / "metrics.json"
     file.write_text(json.dumps({"val/loss": None, "tokens": 300.0}))

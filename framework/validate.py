@@ -67,6 +67,7 @@ RUN_KEYS: dict[str, Any] = {
     "optimized_metric": str,
     "on_error": Literal["skip", "raise"],
     "allow_targets": list[str],
+    "preflight": bool,
     "traceback": bool,
     "gradient_checkpointing": bool,
     "compile": Compile,

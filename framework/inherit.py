@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -82,5 +83,5 @@ def resolve_checkpoint(ckpt: str | None, root: Path) -> Path:
 
         found = best_checkpoint(found)
     if ckpt is not None:
-        print(f"ckpt={ckpt}: {found}")
+        print(f"ckpt={ckpt}: {found}", file=sys.stderr)
     return found

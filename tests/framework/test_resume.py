@@ -180,7 +180,7 @@ def test_nan_stops_before_the_weights_and_saves_the_state_of_the_step_before(tmp
         expected = "batch " + ", ".join(str(bad + i) for i in range(accumulate))
         with pytest.raises(UserError, match=f"loss is not finite at step 7, {expected}; the state before it is in .*step000006.ckpt"):
             train(cfg, tmp_path / "nan")
-    assert read_state(tmp_path / "nan")["status"] == "failed"
+    assert read_state(tmp_path / "nan")["status"] == "diverged"
     saved = final_state(tmp_path / "nan", 6)
     assert all(torch.isfinite(w).all() for w in saved["state_dict"].values() if w.is_floating_point())
     train(cfg, tmp_path / "nan", resuming=True)

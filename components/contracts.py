@@ -182,6 +182,11 @@ class Data(Protocol):
         """Bits per byte of simple models on the same held-out bytes: {'order0', 'order2', 'xz'}; {} where they make no sense."""
         ...
 
+    @property
+    def fingerprint(self) -> dict[str, str | int]:
+        """What a resumed run must find unchanged: digests of the training and held-out tokens, rows of an epoch."""
+        ...
+
     def summary(self) -> dict[str, int | float | str]:
         """What was read, for the first line of a run: train_tokens, val_tokens, train_bytes, val_bytes, documents, source."""
         ...

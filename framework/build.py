@@ -117,7 +117,7 @@ def missing_or_broken(error: OmegaConfBaseException) -> str:
     key = error.full_key or "?"
     if "Missing mandatory value" in str(error):
         return f"{key}: no value given; write {key}=VALUE"
-    return f"{key}: {first_line(error)}"
+    return f"{key}: {first_line(error).removeprefix('UserError raised while resolving interpolation: ')}"
 
 
 def plain(node: Any) -> Any:

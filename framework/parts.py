@@ -47,7 +47,7 @@ def build_parts(config: DictConfig, run_dir: Path, resuming: bool) -> Parts:
     file = newest_intact(run_dir) if resuming else None
     if file is not None and (difference := mismatch(model, model_weights(read_checkpoint(file)))):
         raise UserError(f"resume: {str(file)!r} is of another architecture: {difference}")
-    data_state = getattr(data, "fingerprint", None)
+    data_state = data.fingerprint
     if file is not None and not config.resume_force:
         check_same_data(data_state, run_dir, config)
     return Parts(data, data.tokenizer, model, file, checkpoint_step(file) if file is not None else 0, data_state)

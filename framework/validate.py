@@ -188,6 +188,13 @@ def accelerator_is_there(config: dict[str, Any]) -> Iterator[str]:
             yield f"trainer.accelerator: {accelerator!r} but no CUDA device was found; use trainer=cpu"
 
 
+def claim_is_sound(config: dict[str, Any]) -> Iterator[str]:
+    if config.get("claim"):
+        from framework.arms import problems as claim_problems
+
+        yield from claim_problems(config["claim"])
+
+
 RULES: tuple[Callable[[dict[str, Any]], Iterator[str]], ...] = (
     counts_are_positive,
     seed_in_range,
@@ -199,4 +206,5 @@ RULES: tuple[Callable[[dict[str, Any]], Iterator[str]], ...] = (
     position_uses_rope,
     precision_fits,
     accelerator_is_there,
+    claim_is_sound,
 )

@@ -89,8 +89,7 @@ def continued(words: list[str]) -> tuple[list[str], bool]:
         return words, False
     extra = [word for word in words if not word.startswith(("resume=", "-"))]
     for word in extra:
-        key = word.lstrip("+~").partition("=")[0]
-        if not key.startswith(("hydra/launcher", "hydra.launcher", "hydra.job")) and key.split(".")[0] not in FREE:
+        if word not in record["overrides"] and not is_free(word):
             raise UserError(f"resume: {word} would make the remaining jobs of {folder} differ from the others; drop it")
     kept = without(record["overrides"], *(word.lstrip("+~").partition("=")[0] for word in extra))
     return ["-m", *kept, *extra, f"hydra.sweep.dir={quote(str(folder))}"], True

@@ -199,10 +199,10 @@ class Session:
         return metrics
 
     def follow(self) -> dict[str, float]:
-        """The part of a process that is not the first: fit and nothing else."""
+        """The part of a process that is not the first: fit and nothing else; returns the newest row."""
         with self.signals.guarded(), distributed.all_processes(self.trainer, self.config, self.run_dir, self.resuming):
             self.fit()
-        return {}
+        return dict(self.rows.last)
 
     def open(self) -> None:
         """Make the run known: run_state.json, then the service, with the whole configuration."""

@@ -75,7 +75,6 @@ def preflight(config: DictConfig, run_dir: Path, choices: dict[str, str] | None 
 
 def inspect(config: DictConfig, choices: dict[str, str]) -> Preflight:
     """The checks and figures of `preflight`."""
-    runtime.prepare_process(config.seed)
     console = Console(width=160)
     parts = resolved_parts(config, choices)
     console.print(table(("part", "option", "what is built"), parts))
@@ -143,6 +142,7 @@ def build_all(config: DictConfig) -> Parts:
     """
     lines = config_errors(config)
     if not lines:
+        runtime.prepare_process(config.seed)
         with tempfile.TemporaryDirectory() as folder:
             try:
                 parts = build_parts(config, Path(folder), resuming=False)
@@ -189,7 +189,7 @@ def part_errors(config: DictConfig, known: Iterable[str]) -> list[str]:
     def data() -> Any:
         made: Any = build.build_data(config)
         made.prepare(Path(config.paths.cache_dir))
-        made.train_stream(config.seed, config.trainer.accumulate_grad_batches)
+        made.train_stream(seed=0)  # as many tokens as fill a batch?
         return made
 
     part("data", (), data)

@@ -35,7 +35,7 @@ def test_option_composes_and_passes_every_check(config, group, option):
         overrides.append("data.path=anything.txt")
     if group == "task" and option == "sft":
         overrides += ["data=chat", "data.path=anything.jsonl"]
-    if group == "trainer" and option == "gpu":
+    if group == "trainer" and option in ("gpu", "ddp", "fsdp"):
         overrides.append("trainer.accelerator=cpu")  # no CUDA device where the tests run; everything else of the option is checked
     if option == "muon_vs_adamw":
         overrides += ["stage_one=anywhere", "optimizer.lr=1e-3"]  # which the first stage chooses

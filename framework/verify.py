@@ -107,7 +107,7 @@ def replay(copy: Path, start: int, end: int) -> Path:
     Raises:
         UserError: the command failed.
     """
-    words = [f"resume={copy}", "logger=none", "samples.every_steps=0", f"checkpoint.every_steps={end}", "checkpoint.keep_last=1"]
+    words = [f"resume={copy}", "logger=none", "samples.every_steps=0", f"checkpoint.every_steps={end}", "checkpoint.keep_last=3"]
     target = copy / FOLDER / checkpoint_name(end)
     with open(copy / "replay.log", "w") as log:
         process = subprocess.Popen(

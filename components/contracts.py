@@ -14,6 +14,8 @@ from typing import Any, Literal, Protocol, runtime_checkable
 import torch
 from torch import Tensor, nn
 
+from components.errors import UserError as UserError
+
 IGNORE = -100  # label of a position that takes no part in the loss
 
 ROLES = (
@@ -22,13 +24,6 @@ ROLES = (
 Role = Literal[
     "embedding", "head", "norm", "qkv", "o", "gate_up", "down", "in_proj", "out_proj", "x_proj", "dt", "conv", "ssm", "router", "adapter"
 ]  # fmt: skip
-
-
-class UserError(Exception):
-    """Something that the user can mend. The entry points print the message alone (no traceback) and exit with code 2.
-
-    The message is one line: key path or file, the value, what is allowed, the nearest valid name where there is one.
-    """
 
 
 @dataclass

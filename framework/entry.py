@@ -124,7 +124,7 @@ def report(error: BaseException, show_traceback: bool = False) -> int:
 
 def describe(error: BaseException) -> tuple[list[str], int]:
     """Lines and exit code of an error."""
-    from components.contracts import UserError
+    from components.errors import UserError
     from framework.runtime import Interrupted
 
     if isinstance(error, Interrupted):

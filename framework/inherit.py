@@ -8,7 +8,7 @@ from typing import Any
 
 from omegaconf import DictConfig, OmegaConf, open_dict
 
-from components.contracts import UserError
+from components.errors import UserError
 from framework import build
 from framework.overrides import group_names
 from framework.runs import INHERITED, choices, newest_run, typed_before

@@ -7,7 +7,7 @@ from pathlib import Path
 from hydra.core.hydra_config import HydraConfig
 from omegaconf import DictConfig
 
-from components.contracts import UserError
+from components.errors import UserError
 from framework import build, sweep
 from framework.inherit import lay_over, take_model
 from framework.runs import locked, read_state

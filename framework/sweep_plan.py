@@ -16,7 +16,7 @@ from hydra.types import RunMode
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
-from components.contracts import UserError
+from components.errors import UserError
 from framework.overrides import config_loader, explain, first_line, group_names
 from framework.runtime import usable_cpus
 from framework.signatures import nearest

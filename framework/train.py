@@ -145,9 +145,12 @@ class Session:
         trainable, total = count_parameters(parts.model)
         facts, rows = parts.data.summary(), parts.data.batch_size
         micro_batches = max(0, trainer.max_steps - parts.start_step) * trainer.accumulate_grad_batches
+        optimizer = build.build_optimizer(self.config, parts.model)  # for this purpose alone
+        groups = describe(optimizer)
         cost = estimate(
             parts.model, self.device, vocab_size=parts.tokenizer.vocab_size, rows=rows, seq_len=parts.data.seq_len,
             precision=trainer.precision, micro_batches=micro_batches, flops_per_token=self.clock.flops_per_token, peak_flops=peak,
+            optimizer=optimizer,
         )  # fmt: skip
         tokens = micro_batches * rows * parts.data.seq_len * processes
         time = f"{cost.seconds:.0f} s" if cost.seconds is not None else "an unknown time"
@@ -160,7 +163,6 @@ class Session:
             f"{self.clock.flops_per_token / 1e6:,.1f} MFLOP a token{speed}"
         )
         table = Table(box=None, pad_edge=False)
-        groups = describe(build.build_optimizer(self.config, parts.model))
         for key in groups[0] if groups else ():
             table.add_column(key, justify="left" if isinstance(groups[0][key], str) else "right")
         for group in groups:
@@ -248,6 +250,7 @@ class Session:
         metrics = {
             **self.rows.last, **{f"baseline/{name}_bits_per_byte": value for name, value in baselines.items()}, **self.clock.totals(),
             "seed": self.config.seed, "step": self.trainer.global_step, "params/trainable": trainable, "params/total": total,
+            "perf/peak_memory_bytes": runtime.peak_memory_bytes(),
         }  # fmt: skip
         write_summary(self.run_dir, metrics)
         loss_curve(read_rows(self.run_dir), baselines, self.run_dir / "loss.png", f"{self.config.name}: {self.run_dir.name}")

@@ -100,12 +100,12 @@ def describe(optimizer: torch.optim.Optimizer) -> list[dict[str, Any]]:
         {
             "name": group["name"],
             "kind": group["kind"],
-            "roles": ",".join(group["roles"]),
+            "roles": ",".join(group.get("roles", ())),
             "tensors": len(group["params"]),
             "parameters": sum(p.numel() for p in group["params"]),
             "lr": float(group.get("initial_lr", group["lr"])),
-            "weight_decay": float(group["weight_decay"]),
-            "state_bytes_per_parameter": group["state_bytes"],
+            "weight_decay": float(group.get("weight_decay", 0.0)),
+            "state_bytes_per_parameter": group.get("state_bytes", "?"),
         }
         for group in optimizer.param_groups
     ]

@@ -73,6 +73,7 @@ def run_words(application: Callable[[], Any], config_name: str, words: list[str]
     except Exception as error:
         return report(error, show_traceback="traceback=true" in words)
     finally:
+        HydraConfig.instance().cfg = None  # hydra leaves it behind, and what runs next in this process would believe it
         sys.argv = saved
         if previous is None:
             os.environ.pop("HYDRA_FULL_ERROR", None)

@@ -11,7 +11,7 @@ test: .venv/.dev
 	OMP_NUM_THREADS=1 .venv/bin/python -m pytest -n 2 --dist loadfile $(ARGS)
 
 test-slow: .venv/.dev
-	.venv/bin/python -m pytest -m slow $(ARGS)
+	OMP_NUM_THREADS=1 .venv/bin/python -m pytest -m slow -n 2 --dist loadfile $(ARGS)
 
 lint: .venv/.dev
 	.venv/bin/ruff check .

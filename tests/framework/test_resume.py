@@ -189,10 +189,12 @@ def test_nan_stops_before_the_weights_and_saves_the_state_of_the_step_before(tmp
 
 @pytest.mark.slow
 def test_changed_settings_count_after_resume_force_only(tmp_path, monkeypatch):
-    cfg = config(tmp_path, "schedule=constant", "optimizer.lr=0.001")
+    cfg = config(tmp_path, "optimizer=adamw", "schedule=constant", "optimizer.lr=0.001")
     train(cfg, tmp_path / "run")
     for force, rate in ((False, 0.001), (True, 0.0001)):
-        longer = config(tmp_path, "schedule=constant", "optimizer.lr=0.0001", "trainer.max_steps=16", f"resume_force={force}")
+        longer = config(
+            tmp_path, "optimizer=adamw", "schedule=constant", "optimizer.lr=0.0001", "trainer.max_steps=16", f"resume_force={force}"
+        )
         (tmp_path / "run" / FOLDER / "step000016.ckpt").unlink(missing_ok=True)
         train(longer, tmp_path / "run", resuming=True)
         assert history(tmp_path / "run")[-1]["opt/lr/adamw"] == pytest.approx(rate)

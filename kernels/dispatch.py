@@ -28,7 +28,7 @@ def pick(op: str, device: torch.device | str, backend: str = "auto") -> ModuleTy
     """Return the backend module of `op` for tensors on `device`.
 
     Args: op: folder name under `kernels`. backend: a key of MODULES, or "auto" for the forced one, else the fastest that can be loaded.
-    The choice is logged once an op and device. A CUDA device that misses a faster backend which the folder has gets a warning.
+    The choice is logged once an op and device. A device that misses a faster backend which the folder has gets a warning.
     Raises: ValueError for an unknown backend, or one that `op` does not offer. ImportError when a named backend cannot be loaded.
 
     >>> pick("rms_norm", "cpu", "eager").__name__
@@ -86,8 +86,7 @@ def _load(op: str, kind: str, backend: str) -> ModuleType:
         try:
             module = import_module(f"kernels.{op}.{MODULES[name]}")
         except ImportError as error:
-            if kind == "cuda":
-                warnings.warn(f"kernels.{op}: backend {name} cannot be loaded ({error}); a slower one runs on the GPU", stacklevel=4)
+            warnings.warn(f"kernels.{op} on {kind}: backend {name} cannot be loaded ({error}); a slower one runs", stacklevel=4)
             continue
         _log.info("kernels.%s on %s: %s", op, kind, name)
         return module

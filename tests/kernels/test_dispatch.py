@@ -68,7 +68,7 @@ def test_a_slower_backend_on_cuda_warns(monkeypatch):
 
     monkeypatch.setattr(dispatch, "available", lambda op: ["triton", "eager", "reference"])
     monkeypatch.setattr(dispatch, "import_module", load)
-    with pytest.warns(UserWarning, match=r"kernels.rope: backend triton cannot be loaded \(No module named 'triton'\)"):
+    with pytest.warns(UserWarning, match=r"kernels.rope on cuda: backend triton cannot be loaded \(No module named 'triton'\)"):
         assert pick("rope", torch.device("cuda")).__name__ == "kernels.rope.eager"
 
 

@@ -1,0 +1,103 @@
+"""C sources of the kernels: compiled at first use for this very processor, kept in a cache, loaded once a process.
+
+The cache is $XDG_CACHE_HOME/patchbay (~/.cache/patchbay), or a folder of this process alone where that cannot be written. A file there is
+named after everything that made it: source, compiler, flags, and the processor's instruction sets, since homes are shared by machines.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import hashlib
+import os
+import platform
+import shutil
+import subprocess
+import tempfile
+import threading
+from pathlib import Path
+
+FLAGS = ["-O3", "-std=gnu11", "-fPIC"]
+# Not -ffast-math: linked into a shared object it makes the whole process flush small numbers to zero.
+ARCHITECTURES = (["-march=native"], ["-mcpu=native"], [])  # the first that the compiler takes
+# OpenMP's calls are left to be found in the process, where torch has its own runtime: one pool of threads, not two that spin against each
+# other. Where torch exports none, the compiler's own runtime is linked; where there is none, one thread works.
+THREADING: tuple[tuple[list[str], list[str]], ...] = ((["-fopenmp"], []), (["-fopenmp"], ["-lgomp"]), ([], []))
+_lock = threading.Lock()
+_loaded: dict[Path, ctypes.CDLL] = {}
+
+
+def load_library(source: Path) -> ctypes.CDLL:
+    """Return the shared library of a C source file, compiled first where the cache lacks it. Threads and processes may call it at once.
+
+    Raises: ImportError when there is no C compiler, or it refuses the source; one line.
+    """
+    with _lock:
+        if source not in _loaded:
+            _loaded[source] = _build(source)
+        return _loaded[source]
+
+
+def compiler() -> str:
+    """Path of the C compiler: $CC, else cc, gcc or clang. Raises ImportError when there is none."""
+    asked = os.environ.get("CC")
+    for name in [asked] if asked else ["cc", "gcc", "clang"]:
+        if found := shutil.which(name):
+            return found
+    raise ImportError(f"no C compiler: $CC={asked} is not a program" if asked else "no C compiler: install gcc, or set CC")
+
+
+def cache_folder() -> Path:
+    """The folder of compiled files; made when it is not there."""
+    folder = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "patchbay"
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryFile(dir=folder):
+            return folder
+    except OSError:
+        return Path(tempfile.mkdtemp(prefix="patchbay-"))
+
+
+def _build(source: Path) -> ctypes.CDLL:
+    program, folder, problem = compiler(), cache_folder(), ""
+    for architecture in ARCHITECTURES:
+        for threads, libraries in THREADING:
+            flags = [*FLAGS, *architecture, *threads]
+            target = folder / f"{source.stem}-{_fingerprint(source, program, [*flags, *libraries])}.so"
+            problem = "" if target.exists() else _compile(program, flags, libraries, source, target)
+            if problem:
+                continue
+            try:
+                return ctypes.CDLL(str(target))
+            except OSError as error:  # an undefined symbol: this threading runtime is not here
+                problem = str(error)
+    raise ImportError(f"{program} cannot build {source.name}: {problem}")
+
+
+def _compile(program: str, flags: list[str], libraries: list[str], source: Path, target: Path) -> str:
+    """Compile to a name of this process' own, then rename, so that nobody ever loads half a file. Returns the error, '' for none."""
+    with tempfile.TemporaryDirectory(dir=target.parent) as folder:
+        middle, result = f"{folder}/{source.stem}.o", f"{folder}/{source.stem}.so"
+        # two steps: with -fopenmp at the link, the compiler's own runtime would be bound
+        for step in ([*flags, "-c", str(source), "-o", middle], ["-shared", middle, "-o", result, *libraries]):
+            try:
+                done = subprocess.run([program, *step], capture_output=True, text=True, timeout=120)
+            except (OSError, subprocess.TimeoutExpired) as error:
+                return str(error)
+            if done.returncode:
+                return (done.stderr.strip().splitlines() or [f"exit {done.returncode}"])[0]
+        os.replace(result, target)
+    return ""
+
+
+def _fingerprint(source: Path, program: str, flags: list[str]) -> str:
+    version = subprocess.run([program, "--version"], capture_output=True, text=True).stdout
+    parts = [source.read_text(), os.path.realpath(program), version, *flags, platform.machine(), _instruction_sets()]
+    return hashlib.sha256("\0".join(parts).encode()).hexdigest()[:20]
+
+
+def _instruction_sets() -> str:
+    try:
+        lines = Path("/proc/cpuinfo").read_text().splitlines()
+    except OSError:
+        return platform.processor()
+    return next((line for line in lines if line.startswith(("flags", "Features"))), platform.processor())

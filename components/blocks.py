@@ -157,19 +157,27 @@ class Attention(nn.Module):
 
 
 class Block(nn.Module):
-    """Pre-norm residual pair: x + mixer(norm(x)), then x + mlp(norm(x)); a subclass says how its mixer is called and what it remembers."""
+    """Pre-norm residual pair: x + mixer(norm(x)), then x + mlp(norm(x)); a subclass says how its mixer is called and what it remembers.
 
-    def __init__(self, mixer: nn.Module, mlp: MLP, hidden_size: int, norm_eps: float) -> None:
+    mlp: None for a layer that is its mixer alone; it then has no second norm either.
+    """
+
+    def __init__(self, mixer: nn.Module, mlp: MLP | None, hidden_size: int, norm_eps: float) -> None:
         super().__init__()
         self.mixer_norm = RMSNorm(hidden_size, norm_eps)
         self.mixer = mixer
-        self.mlp_norm = RMSNorm(hidden_size, norm_eps)
+        self.mlp_norm = None if mlp is None else RMSNorm(hidden_size, norm_eps)
         self.mlp = mlp
 
     def forward(self, x: Tensor, context: Context, state: LayerState | None = None) -> Tensor:
         """x: (B, T, D), the residual stream; fp32 under autocast, since it starts from fp32 embeddings."""
         x = x + self.mix(self.mixer_norm(x), context, state)
-        return x + self.mlp(self.mlp_norm(x))
+        return x if self.mlp is None or self.mlp_norm is None else x + self.mlp(self.mlp_norm(x))
+
+    @property
+    def sublayers(self) -> int:
+        """Residual branches: 2, or 1 without an MLP."""
+        return 1 if self.mlp is None else 2
 
     def mix(self, x: Tensor, context: Context, state: LayerState | None) -> Tensor:
         raise NotImplementedError
@@ -205,7 +213,8 @@ class Decoder(nn.Module):
         blocks: the layers, in order.
         rotary_dim: dims of a head that turn; None where there are no positions (NoPE).
         max_length: length in tokens that the model is trained at, L0 of the RoPE rules.
-        window: keys that a query of an attention layer sees, None for all; decides whether a RoPE rule can act at all.
+        window: most keys that a query of any layer sees: None when one layer sees all, 0 when no layer attends. Decides whether a RoPE
+            rule can act at all.
 
     Set `gradient_checkpointing` to recompute each block in the backward.
     """
@@ -275,7 +284,7 @@ class Decoder(nn.Module):
         if segments is not None:
             document_start = F.pad(segments[:, 1:] != segments[:, :-1], (1, 0))  # (B, T)
         rope = None
-        if self.rope_spec is not None:
+        if self.rope_spec is not None and self.window != 0:
             positions = batch.position_ids
             if positions is None:
                 positions = step.positions if step is not None else torch.arange(ids.shape[1], device=ids.device)[None]
@@ -339,7 +348,8 @@ class Decoder(nn.Module):
             )
         rescales = bool(spec.factors) or spec.attention_factor != 1.0
         if rescales and self.window is not None and spec.original_len is not None and self.window <= spec.original_len:
-            log.warning("rope: %s has no effect, since model.window=%d <= model.max_length=%d", spec.rule, self.window, spec.original_len)
+            why = f"model.window={self.window} <= model.max_length={spec.original_len}" if self.window else "no layer attends"
+            log.warning("rope: %s has no effect, since %s", spec.rule, why)
             spec = replace(spec, factors=(), attention_factor=1.0)
         self.rope_spec = spec
         self._inv_freq = inverse_frequencies(spec)

@@ -173,6 +173,10 @@ class Data(Protocol):
         """UTF-8 bytes of all held-out text."""
         ...
 
+    def evaluations(self) -> dict[str, Iterable[Batch]]:
+        """Further held-out batches by name, measured once at the end of a run: eval/NAME/loss and eval/NAME/accuracy of their labels."""
+        ...
+
     def baselines(self) -> dict[str, float]:
         """Bits per byte of simple models on the same held-out bytes: {'order0', 'order2', 'xz'}; {} where they make no sense."""
         ...

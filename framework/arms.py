@@ -18,31 +18,34 @@ import yaml
 from omegaconf import DictConfig, OmegaConf
 
 from components.contracts import UserError
+from framework import bounds
 from framework.overrides import CONF
 from framework.runs import STATE_FILE, read_state
 from framework.signatures import nearest
 
-TESTS = ("paired_t", "welch_t")
+TESTS = ("paired_t", "welch_t", "bounds")
 AXES = ("end", "tokens", "seconds", "training_seconds")
 
 
 @dataclass
 class Claim:
-    """The node `claim` of an experiment: the first arm is better than each other one by at least the threshold."""
+    """The node `claim` of an experiment: the first arm is better than each other one by at least the threshold, or figures keep bounds."""
 
     statement: str
     metric: str  # a key of metrics.json
     arms: dict[str, dict[str, Any]]  # {name: {group or key: value}}: a job belongs to the arm whose words it fulfils
-    test: str  # paired_t: over the differences of equal seeds | welch_t
-    threshold: dict[str, float]  # {axis: least gain}; axis: where the arms are compared, one of AXES; a plain number is for "end"
+    test: str  # paired_t: over the differences of equal seeds | welch_t | bounds: the lines of `require`, see framework/bounds.py
     seeds: list[int]
     budget_minutes: float  # of training, all runs together
+    threshold: dict[str, float] = field(default_factory=dict)  # {axis: least gain}, axis one of AXES; a plain number is for "end"
+    require: list[dict[str, Any]] = field(default_factory=list)  # of test: bounds, in place of the threshold
     tunes: list[str] = field(default_factory=list)  # keys that a first stage chose for each arm
+    show: list[str] = field(default_factory=list)  # further metrics for the table of the verdict
     better: str = "lower"  # lower | higher
     level: float = 0.95  # of the confidence interval
 
 
-REQUIRED = ("statement", "metric", "arms", "test", "threshold", "seeds", "budget_minutes")
+REQUIRED = ("statement", "metric", "arms", "test", "seeds", "budget_minutes")
 
 
 def problems(node: Any) -> Iterator[str]:
@@ -54,13 +57,16 @@ def problems(node: Any) -> Iterator[str]:
         return
     known = tuple(Claim.__dataclass_fields__)
     yield from (f"claim.{key}: unknown key; one of {', '.join(known)}{nearest(str(key), known)}" for key in node if key not in known)
-    missing = [key for key in REQUIRED if node.get(key) in (None, "", [], {})]
+    wanted = (*REQUIRED, "require" if node.get("test") == "bounds" else "threshold")
+    missing = [key for key in wanted if node.get(key) in (None, "", [], {})]
     yield from (f"claim.{key}: no value given" for key in missing)
     if missing:
         return
-    threshold, arms = node["threshold"], node["arms"]
+    threshold, arms = node.get("threshold") or {}, node["arms"]
     if not isinstance(arms, dict) or len(arms) < 2 or not all(isinstance(words, dict) and words for words in arms.values()):
         yield f"claim.arms: {arms!r}; at least two of NAME: {{group or key: value}}"
+    elif node["test"] == "bounds":
+        yield from bounds.problems(node["require"], arms)
     for axis, least in (threshold if isinstance(threshold, dict) else {"end": threshold}).items():
         if axis not in AXES:
             yield f"claim.threshold.{axis}: not an axis; one of {', '.join(AXES)}{nearest(str(axis), AXES)}"
@@ -83,7 +89,8 @@ def read_claim(node: Any) -> Claim:
     """
     if lines := list(problems(node)) or ([] if node else ["claim: there is none"]):
         raise UserError("\n".join(lines))
-    threshold = node["threshold"] if isinstance(node["threshold"], dict) else {"end": node["threshold"]}
+    least = node.get("threshold") or {}
+    threshold = least if isinstance(least, dict) else {"end": least}
     return Claim(**{**node, "threshold": {axis: float(least) for axis, least in threshold.items()}})
 
 

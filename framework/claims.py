@@ -17,6 +17,7 @@ from omegaconf import OmegaConf
 
 from components.contracts import UserError
 from framework.arms import Claim, Job, arm_of, claim_hash, declared, first_stage, plain, read_claim, read_jobs, stored_hydra
+from framework import bounds
 from framework.entry import report
 from framework.runs import replace_file
 from framework.statistics import mean_interval, welch_interval
@@ -40,7 +41,7 @@ def judge(sweep_dir: str | Path) -> dict[str, Any] | None:
     Each arm after the first is compared with the first on every axis of the threshold. Gain: how much better the first is; for
     paired_t the interval is that of the mean difference over equal seeds. One comparison is SUPPORTED when its whole interval lies at
     or above the threshold, NOT SUPPORTED when all of it lies below, else INCONCLUSIVE. The claim is SUPPORTED when all are, NOT
-    SUPPORTED when any is. Missing or failed runs, or runs of different claims, make it INCONCLUSIVE whatever the rest says.
+    SUPPORTED when any is. `test: bounds` has no interval: each bound holds or does not (framework/bounds.py). Missing or failed runs, or runs of different claims, make it INCONCLUSIVE whatever the rest says.
 
     Returns:
         The verdict; None where the runs carry no claim, or are the first stage of one.
@@ -72,13 +73,16 @@ def judge(sweep_dir: str | Path) -> dict[str, Any] | None:
     minutes = sum(job.metrics.get("seconds", 0.0) for job in jobs) / 60 + stage_one.get("minutes", 0.0)
     if minutes > claim.budget_minutes:
         notes.append(f"took {minutes:.1f} minutes of training; the budget was {claim.budget_minutes:g}")
-    compared = [compare(claim, cells, other, axis) for other in list(claim.arms)[1:] for axis in claim.threshold]
-    faults += [f"{c['arms'][1]} {AMOUNTS[c['axis']]}: {c['fault']}" for c in compared if c.get("fault")]
+    if claim.test == "bounds":
+        compared = [bounded(line, claim, cells) for line in claim.require]
+    else:
+        compared = [compare(claim, cells, other, axis) for other in list(claim.arms)[1:] for axis in claim.threshold]
+    faults += [sentence({}, c) for c in compared if c.get("fault")]
     verdict = {
         "verdict": INCONCLUSIVE if faults else overall([c["verdict"] for c in compared]), "experiment": experiment,
         "statement": claim.statement, "why": faults, "notes": notes, "metric": claim.metric, "better": claim.better,
         "comparisons": compared, "jobs": counts, "minutes": round(minutes, 2), "command": command(folder), "sweep": shown(folder),
-        "stage_one": stage_one or None, "claim": stored, "claim_hash": claim_hash(stored), "claim_changed": changed, **origin(jobs),
+        "figures": shown_figures(claim, cells), "stage_one": stage_one or None, "claim": stored, "claim_hash": claim_hash(stored), "claim_changed": changed, **origin(jobs),
     }  # fmt: skip
     replace_file(folder / VERDICT_FILE, json.dumps(finite(verdict), indent=2) + "\n")
     return finite(verdict)
@@ -188,6 +192,26 @@ def compare(claim: Claim, cells: Cells, other: str, axis: str) -> dict[str, Any]
     return {**result, "gains": dict(zip(values[first], gains)), "gain": gain, "low": low, "high": high, "verdict": outcome}
 
 
+def bounded(line: dict[str, Any], claim: Claim, cells: Cells) -> dict[str, Any]:
+    """One bound of a claim, with its verdict."""
+
+    def value(arm: str, seed: int, metric: str) -> float | None:
+        return cells[(arm, seed)].value(metric) if (arm, seed) in cells else None
+
+    checked = bounds.check(line, claim.seeds, value)
+    return {**checked, "verdict": INCONCLUSIVE if "fault" in checked else SUPPORTED if checked["holds"] else NOT_SUPPORTED}
+
+
+def shown_figures(claim: Claim, cells: Cells) -> dict[str, dict[str, list[float]]]:
+    """{arm: {metric: values of the seeds}} of the metrics that `claim.show` names."""
+    found: dict[str, dict[str, list[float]]] = {}
+    for arm in claim.arms:
+        for metric in claim.show:
+            values = [cells[(arm, seed)].value(metric) for seed in claim.seeds if (arm, seed) in cells]
+            found.setdefault(arm, {})[metric] = [value for value in values if value is not None]
+    return found
+
+
 def overall(verdicts: list[str]) -> str:
     """All comparisons must hold; one that fails refutes the claim."""
     return NOT_SUPPORTED if NOT_SUPPORTED in verdicts else SUPPORTED if set(verdicts) == {SUPPORTED} else INCONCLUSIVE
@@ -234,7 +258,9 @@ def number(value: float | None) -> str:
 
 
 def sentence(verdict: dict[str, Any], compared: dict[str, Any]) -> str:
-    """One comparison in words: means, gain with interval, threshold, outcome."""
+    """One comparison in words: means, gain with interval, threshold, outcome; or one bound."""
+    if "what" in compared:
+        return bounds.sentence(compared)
     first, other = compared["arms"]
     start = f"{first} against {other} {AMOUNTS[compared['axis']]}"
     if "gain" not in compared:
@@ -262,12 +288,14 @@ def section(verdict: dict[str, Any]) -> str:
     text += [f"- inconclusive because: {line}" for line in verdict["why"]] + [f"- note: {line}" for line in verdict["notes"]]
     rows = [
         (c["axis"], arm, seed, value)
-        for c in verdict["comparisons"]
+        for c in verdict["comparisons"] if "axis" in c
         for arm, values in c["values"].items()
         for seed, value in values.items()
-    ]
-    text += ["", f"| compared | arm | seed | {verdict['metric']} |", "| --- | --- | --- | --- |"]
-    text += [f"| {AMOUNTS[axis]} | {arm} | {seed} | {value:.4f} |" for axis, arm, seed, value in dict.fromkeys(rows)]
+    ]  # fmt: skip
+    if rows:
+        text += ["", f"| compared | arm | seed | {verdict['metric']} |", "| --- | --- | --- | --- |"]
+        text += [f"| {AMOUNTS[axis]} | {arm} | {seed} | {value:.4f} |" for axis, arm, seed, value in dict.fromkeys(rows)]
+    text += measured(verdict)
     if stage and stage.get("arms"):
         keys = list(next(iter(stage["arms"].values()))["best"])
         text += ["", f"First stage, one column a key that it chose: {stage['minutes']:.1f} minutes, `{stage['command']}`", ""]
@@ -286,6 +314,19 @@ def section(verdict: dict[str, Any]) -> str:
         "",
     ]
     return "\n".join([*text, f"    {verdict['command']}", ""])
+
+
+def measured(verdict: dict[str, Any]) -> list[str]:
+    """Table of what a claim of bounds also measured: mean and range over the seeds, a row an arm and a column a metric."""
+    figures: dict[str, dict[str, list[float]]] = verdict.get("figures") or {}
+    metrics = list(dict.fromkeys(metric for by_metric in figures.values() for metric in by_metric))
+    if not metrics:
+        return []
+    text = ["", f"| arm | {' | '.join(metrics)} |", "| --- |" + " --- |" * len(metrics)]
+    for arm, by_metric in figures.items():
+        cells = [f"{sum(v) / len(v):.4g} [{min(v):.4g}, {max(v):.4g}]" if (v := by_metric.get(metric)) else "" for metric in metrics]
+        text.append(f"| {arm} | {' | '.join(cells)} |")
+    return text
 
 
 def write_results(docs: Path = DOCS) -> Path:

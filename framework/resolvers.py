@@ -12,12 +12,13 @@ from framework.runs import inherited_choices, newest_run, read_state
 from framework.sweep import job_folder
 
 HIGHER_IS_BETTER = ("accuracy", "reward", "score", "exact_match", "win_rate", "pass@", "f1", "per_second", "mfu")
-SLUG_PARTS = ("model", "model/size", "rope", "adapter", "optimizer", "data")  # choices that name a run; "none" is left out
+SLUG_PARTS = ("model", "model/variant", "model/size", "rope", "adapter", "optimizer", "data")  # choices that name a run
+UNNAMED = (None, "none", "base")  # options that leave a part as it is
 
 
 def slug(choices: Any, seed: int) -> str:
     """Readable folder name of a run, at most 80 characters of [A-Za-z0-9._-]."""
-    parts = [str(choices[key]) for key in SLUG_PARTS if choices.get(key) not in (None, "none")]
+    parts = [str(choices[key]) for key in SLUG_PARTS if choices.get(key) not in UNNAMED]
     return re.sub(r"[^A-Za-z0-9._-]+", "-", "-".join([*parts, f"s{seed}"]))[:80]
 
 

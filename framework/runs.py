@@ -14,7 +14,7 @@ from omegaconf import OmegaConf
 
 STATE_FILE, LOCK_FILE = "run_state.json", ".lock"
 FINISHED = ("done", "diverged")  # statuses after which going on makes no sense by itself
-INHERITED = ("model", "model/size", "rope")  # choices that `ckpt=` takes from its run
+INHERITED = ("model", "model/size", "model/variant", "rope")  # choices that `ckpt=` takes from its run
 
 
 def read_state(run: Path) -> dict[str, Any]:

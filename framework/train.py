@@ -3,12 +3,9 @@
 from __future__ import annotations
 
 import contextlib
-import datetime
 import io
 import logging
 import os
-import shlex
-import sys
 import warnings
 from pathlib import Path
 
@@ -18,9 +15,11 @@ from omegaconf import DictConfig, OmegaConf
 from rich.console import Console
 from rich.table import Table
 
+from components.contracts import UserError
 from components.optim.groups import describe
 from framework import build, distributed, runtime
 from framework.callbacks.checkpoints import Checkpoints, StopOnSignal
+from framework.callbacks.early_stop import EarlyStop
 from framework.callbacks.ema import Ema
 from framework.callbacks.exact_state import ExactState
 from framework.callbacks.metrics import MetricsRow
@@ -32,16 +31,18 @@ from framework.callbacks.throughput import Throughput
 from framework.checkpoint import AtomicCheckpointIO
 from framework.datamodule import StreamDataModule
 from framework.estimate import count_parameters, estimate
-from framework.logging import LocalLogger, RunLogger, masked, masked_word, read_rows, say, say_text, write_summary
-from framework.parts import Parts, build_parts, save_setup, sweep_of, with_head
+from framework.logging import LocalLogger, RunLogger, read_rows, say, say_text, write_summary
+from framework.opening import open_run
+from framework.parts import Parts, build_parts, save_setup, with_head
 from framework.plots import loss_curve
-from framework.runs import choices, inherited_choices, read_state, write_state
+from framework.procedure import is_procedure, run_procedure
+from framework.runs import write_state
 
 NOISE = ("lightning.pytorch", "lightning.fabric", "lightning")  # loggers that repeat what we say ourselves
 
 
 def train(config: DictConfig, run_dir: Path, resuming: bool = False) -> dict[str, float]:
-    """Train or continue a run.
+    """Train or continue a run, or run the procedure that its task is.
 
     Args:
         config: composed and validated.
@@ -63,6 +64,8 @@ def train(config: DictConfig, run_dir: Path, resuming: bool = False) -> dict[str
         warnings.filterwarnings("ignore", module=r"lightning\..*")  # advice on loaders and logging that does not apply here
         parts = build_parts(config, run_dir, resuming)
         config = save_setup(config, run_dir, parts) if first else with_head(config, parts)
+        if is_procedure(config.task):
+            return run_procedure(config, run_dir, parts)
         session = Session(config, run_dir, parts, resuming)
         return session.run() if first else session.follow()
 
@@ -108,9 +111,10 @@ class Session:
         exact, guard, progress = ExactState(), NanGuard(self.run_dir), ProgressLine(self.rows, config.progress.every_seconds)
         stop = StopOnSignal(self.signals, saver, lambda step, path: f"Go on with: python train.py resume={self.run_dir}")
         averaging = [self.ema] if self.ema else []
+        early = [] if config.stop.train_loss_below is None else [EarlyStop(config.stop.train_loss_below, config.stop.steps)]
         make = build.build({**OmegaConf.to_container(config.trainer), "_partial_": True})  # type: ignore[dict-item]
         return make(
-            callbacks=[LastStep(), *averaging, self.clock, guard, self.rows, self.samples, exact, saver, progress, stop],
+            callbacks=[LastStep(), *early, *averaging, self.clock, guard, self.rows, self.samples, exact, saver, progress, stop],
             logger=self.loggers,
             plugins=[AtomicCheckpointIO()],
             default_root_dir=str(self.run_dir),
@@ -125,6 +129,8 @@ class Session:
     def make_task(self) -> pl.LightningModule:
         """The configured task round the model."""
         config = self.config
+        if is_procedure(config.task):
+            raise UserError("preflight: this task trains nothing that could be rehearsed; drop preflight=true")
         make_schedule = build.build(config.schedule)
         make = build.build({**OmegaConf.to_container(config.task), "_partial_": True})  # type: ignore[dict-item]
         task = make(
@@ -207,29 +213,8 @@ class Session:
         return dict(self.rows.last)
 
     def open(self) -> None:
-        """Make the run known: run_state.json, then the service, with the whole configuration."""
-        config, state = self.config, read_state(self.run_dir)
-        now = datetime.datetime.now(datetime.UTC).isoformat()
-        write_state(
-            self.run_dir, name=config.name, seed=config.seed, status="running", created=state.get("created", now),
-            step=self.parts.start_step, tokens=state.get("tokens", 0), versions=runtime.versions(), git=runtime.git_state(),
-            data=self.parts.data_state, choices=choices(self.run_dir) | inherited_choices(config.ckpt, Path(config.paths.root)),
-        )  # fmt: skip
-        if self.service is None:
-            return
-        parts, sweep = read_state(self.run_dir)["choices"], sweep_of(self.run_dir)
-        trainable, total = count_parameters(self.parts.model)
-        extra = {
-            "params": {"trainable": trainable, "total": total}, "git": runtime.git_state(), "versions": runtime.versions(),
-            "command": shlex.join(masked_word(word) for word in sys.argv), "choices": parts, "sweep": sweep,
-        }  # fmt: skip
-        tags = [*config.tags, *(f"{group}={option}"[:64] for group, option in parts.items())]
-        whole = {**masked(OmegaConf.to_container(config)), **extra}
-        try:
-            self.service.start(self.run_dir, {"name": self.run_dir.name, "tags": tags, "config": whole, "group": sweep})
-        except BaseException:
-            write_state(self.run_dir, status="failed")
-            raise
+        """Make the run known."""
+        open_run(self.config, self.run_dir, self.parts, self.service)
 
     def fit(self) -> None:
         """Train, from the checkpoint where there is one."""
@@ -243,12 +228,29 @@ class Session:
         path = str(file) if file is not None else None
         self.trainer.fit(self.task, datamodule=self.datamodule, ckpt_path=path, weights_only=True)
 
+    def evaluations(self) -> dict[str, float]:
+        """The data's further held-out batches, measured with the weights as they are now: {eval/NAME/loss, eval/NAME/accuracy}."""
+        sets, found = self.parts.data.evaluations(), {}
+        if sets and distributed.is_sharded(self.trainer):
+            say(
+                f"not measured, since the weights are spread over processes: {', '.join(sets)}; python train.py ckpt={self.run_dir} measures it"
+            )
+            return {}
+        weights = self.ema.applied(self.task) if self.ema else contextlib.nullcontext()
+        with weights, self.trainer.precision_plugin.forward_context():
+            self.task.eval()
+            for name, batches in sets.items():
+                result = self.task.evaluate(batches)
+                found |= {f"eval/{name}/{key}": value for key, value in result.items()}
+                say(f"{name}: " + ", ".join(f"{key} {value:.4f}" for key, value in result.items()))
+        return found
+
     def finish(self) -> dict[str, float]:
         """Write metrics.json and loss.png; say what came out."""
         baselines = self.parts.data.baselines()
         trainable, total = count_parameters(self.parts.model)
         metrics = {
-            **self.rows.last, **{f"baseline/{name}_bits_per_byte": value for name, value in baselines.items()}, **self.clock.totals(),
+            **self.rows.last, **self.evaluations(), **{f"baseline/{name}_bits_per_byte": value for name, value in baselines.items()}, **self.clock.totals(),
             "seed": self.config.seed, "step": self.trainer.global_step, "params/trainable": trainable, "params/total": total,
             "perf/peak_memory_bytes": runtime.peak_memory_bytes(),
         }  # fmt: skip

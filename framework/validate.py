@@ -46,6 +46,12 @@ class Samples:
 
 
 @dataclass
+class Stop:
+    train_loss_below: float | None
+    steps: int
+
+
+@dataclass
 class Progress:
     every_seconds: float
 
@@ -75,6 +81,7 @@ RUN_KEYS: dict[str, Any] = {
     "checkpoint": Checkpoint,
     "validate": Validate,
     "samples": Samples,
+    "stop": Stop,
     "progress": Progress,
     "paths": Paths,
 }
@@ -116,6 +123,7 @@ def counts_are_positive(config: dict[str, Any]) -> Iterator[str]:
         "trainer": ("max_steps", "accumulate_grad_batches", "log_every_n_steps"),
         "checkpoint": ("every_steps", "keep_last"),
         "validate": ("every_steps",),
+        "stop": ("steps",),
         "samples": ("max_new_tokens",),
     }
     for group, names in keys.items():

@@ -18,7 +18,7 @@ from pathlib import Path
 
 FLAGS = ["-O3", "-std=gnu11", "-fPIC"]
 # Not -ffast-math: linked into a shared object it makes the whole process flush small numbers to zero.
-ARCHITECTURES = (["-march=native"], ["-mcpu=native"], [])  # the first that the compiler takes
+ARCHITECTURES: tuple[list[str], ...] = (["-march=native"], ["-mcpu=native"], [])  # the first that the compiler takes
 # OpenMP's calls are left to be found in the process, where torch has its own runtime: one pool of threads, not two that spin against each
 # other. Where torch exports none, the compiler's own runtime is linked; where there is none, one thread works.
 THREADING: tuple[tuple[list[str], list[str]], ...] = ((["-fopenmp"], []), (["-fopenmp"], ["-lgomp"]), ([], []))

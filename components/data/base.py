@@ -27,6 +27,8 @@ class CorpusData:
     num_workers: processes that read batches ahead, 0 to read them in the training process. Raises UserError for values out of range.
     """
 
+    document_mask = True  # attention, state and positions stay inside a document of a packed row
+    eval_lengths: Sequence[int] = ()  # further lengths of rows that the held-out text is measured in
     whole_documents = False  # pack whole documents into rows instead of cutting running text
     source = ""  # what the summary calls the data
 
@@ -90,6 +92,7 @@ class CorpusData:
             rank=rank,
             world_size=world_size,
             num_workers=self._num_workers,
+            document_mask=self.document_mask,
         )
 
     def _train_rows(self) -> list[Rows]:
@@ -118,7 +121,27 @@ class CorpusData:
 
     def val_batches(self) -> HeldOutBatches:
         """Return the held-out batches: every held-out label exactly once."""
-        return HeldOutBatches(self._files["val"], self.seq_len, self.batch_size, self.tokenizer.eot_id, self.whole_documents)
+        return self._held_out_batches(self.seq_len, self.batch_size)
+
+    def _held_out_batches(self, seq_len: int, rows: int, multiple_of: int | None = None) -> HeldOutBatches:
+        eot = self.tokenizer.eot_id
+        return HeldOutBatches(self._files["val"], seq_len, rows, eot, self.whole_documents, self.document_mask, multiple_of)
+
+    def evaluations(self) -> dict[str, Iterable[Batch]]:
+        """Return the held-out text in rows of each of `eval_lengths`, by name: the same tokens, as many as fill rows of the longest one.
+
+        Raises UserError when there are not so many.
+        """
+        longest, shortest_file = max(self.eval_lengths, default=0), min(len(file.tokens) - 1 for file in self._files["val"])
+        if longest > shortest_file:
+            raise UserError(
+                f"data.eval_lengths: {longest}; the held-out text has only {shortest_file} tokens; hold out more or go less far"
+            )
+        tokens = self.seq_len * self.batch_size
+        return {
+            f"length_{length}": self._held_out_batches(length, max(1, tokens // length), multiple_of=longest)
+            for length in self.eval_lengths
+        }
 
     @property
     def val_bytes(self) -> int:

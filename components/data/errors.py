@@ -31,6 +31,14 @@ def at_least(key: str, value: object, smallest: int) -> int:
     return value
 
 
+def lengths(key: str, value: object) -> list[int]:
+    """Return `value` when it is a list of different whole numbers of at least 2, else raise UserError."""
+    values = list(value) if isinstance(value, list | tuple) else [None]
+    if any(not isinstance(one, int) or isinstance(one, bool) or one < 2 for one in values) or len(set(values)) < len(values):
+        raise UserError(f"{key}: {value!r}; must be a list of different whole numbers of at least 2, such as [512, 1024]")
+    return values
+
+
 def fraction(key: str, value: object) -> float:
     """Return `value` when it lies strictly between 0 and 1, else raise UserError."""
     if isinstance(value, bool) or not isinstance(value, int | float) or not 0.0 < value < 1.0:

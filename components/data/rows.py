@@ -113,8 +113,11 @@ def pack(pieces: list[Span], openers: list[Span], size: int) -> list[list[Span]]
     return rows
 
 
-def make_batch(rows: list[tuple[TokenFile, list[Span]]], seq_len: int, eot_id: int) -> Batch:
-    """Read rows into a Batch of (B, seq_len); what a row leaves empty is a last segment of E inputs with IGNORE labels."""
+def make_batch(rows: list[tuple[TokenFile, list[Span]]], seq_len: int, eot_id: int, document_mask: bool = True) -> Batch:
+    """Read rows into a Batch of (B, seq_len); what a row leaves empty is a last segment of E inputs with IGNORE labels.
+
+    document_mask: False leaves segments and positions out, so that a row is one text whatever documents it holds.
+    """
     shape = (len(rows), seq_len)
     inputs = np.full(shape, eot_id, np.int64)
     labels = np.full(shape, IGNORE, np.int64)
@@ -129,6 +132,8 @@ def make_batch(rows: list[tuple[TokenFile, list[Span]]], seq_len: int, eot_id: i
             labels[i, at : at + length] = follows
             at += length
         used[i] = at
+    if not document_mask:
+        return Batch(input_ids=torch.from_numpy(inputs), labels=torch.from_numpy(labels))
     column = np.arange(seq_len)
     opens = (inputs == eot_id) & (column <= used)  # the first padding token opens the padding's segment, the others do not
     opens[:, 0] = False

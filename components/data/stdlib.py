@@ -13,7 +13,7 @@ from typing import Any
 from components.contracts import UserError
 from components.data.base import CorpusData
 from components.data.documents import Corpus, Document, Piece, digest, held_out_keys
-from components.data.errors import fraction, unreadable
+from components.data.errors import fraction, lengths, unreadable
 
 LEFT_OUT_FOLDERS = frozenset(
     ("site-packages", "dist-packages", "test", "tests", "idle_test", "__pycache__", "pydoc_data", "lib-dynload", "node_modules")
@@ -84,8 +84,12 @@ class StdlibCorpus:
 class StdlibData(CorpusData):
     """The default data (see CorpusData for the arguments): about 10 MB of Python, of which `val_fraction` of the files is held out."""
 
-    def __init__(self, tokenizer: Mapping[str, Any], seq_len: int, batch_size: int, val_fraction: float, num_workers: int) -> None:
+    def __init__(
+        self, tokenizer: Mapping[str, Any], seq_len: int, batch_size: int, val_fraction: float, document_mask: bool,
+        eval_lengths: Sequence[int], num_workers: int,
+    ) -> None:  # fmt: skip
         super().__init__(tokenizer, seq_len, batch_size, num_workers)
+        self.document_mask, self.eval_lengths = document_mask, lengths("data.eval_lengths", eval_lengths)
         self._corpus = StdlibCorpus(Path(sysconfig.get_path("stdlib")), fraction("data.val_fraction", val_fraction))
         self.source = self._corpus.name
 

@@ -66,7 +66,7 @@ class PackedStream:
 
     def __init__(
         self, sources: Sequence[Rows], seq_len: int, batch_size: int, eot_id: int, seed: int, *, weights: Sequence[float] | None = None,
-        accumulate: int = 1, rank: int = 0, world_size: int = 1, num_workers: int = 0,
+        accumulate: int = 1, rank: int = 0, world_size: int = 1, num_workers: int = 0, document_mask: bool = True,
     ) -> None:  # fmt: skip
         rows = sum(source.count for source in sources)
         self._length = rows // (batch_size * world_size)
@@ -78,7 +78,7 @@ class PackedStream:
         self._sources, self._seq_len, self._eot_id, self._seed = list(sources), seq_len, eot_id, seed
         self._weights = list(weights) if weights is not None else [float(source.count) for source in sources]
         self._shape = (self._length, world_size, batch_size)
-        self._accumulate, self._rank, self._num_workers = accumulate, rank, num_workers
+        self._accumulate, self._rank, self._num_workers, self._document_mask = accumulate, rank, num_workers, document_mask
         self._epoch = self._position = 0
         self._plan = lru_cache(maxsize=1)(self._make_plan)
 
@@ -133,7 +133,7 @@ class PackedStream:
         rows = [(self._sources[i].file, self._sources[i].spans(key)) for i, key in chosen]
         window = position // self._accumulate * self._accumulate
         return replace(
-            make_batch(rows, self._seq_len, self._eot_id),
+            make_batch(rows, self._seq_len, self._eot_id, self._document_mask),
             loss_tokens=int(plan.labels[window : window + self._accumulate].sum()),
             index=epoch * self._length + position,
         )
@@ -172,11 +172,15 @@ class HeldOutBatches:
     """Every held-out label exactly once, in order, re-iterable. Each batch's `loss_tokens` counts its own labels.
 
     Running text is one stream a file, cut into rows of seq_len without overlap; with `whole_documents` documents are packed whole and only
-    what is longer than a row goes on in another.
+    what is longer than a row goes on in another. document_mask: see make_batch. multiple_of: of running text, only so many tokens from its
+    beginning that rows of this length fill them; None for all.
     """
 
-    def __init__(self, files: Sequence[TokenFile], seq_len: int, batch_size: int, eot_id: int, whole_documents: bool = False) -> None:
-        self._seq_len, self._batch_size, self._eot_id = seq_len, batch_size, eot_id
+    def __init__(
+        self, files: Sequence[TokenFile], seq_len: int, batch_size: int, eot_id: int, whole_documents: bool = False,
+        document_mask: bool = True, multiple_of: int | None = None,
+    ) -> None:  # fmt: skip
+        self._seq_len, self._batch_size, self._eot_id, self._document_mask = seq_len, batch_size, eot_id, document_mask
         self._rows: list[tuple[TokenFile, list[Span]]] = []
         if whole_documents:
             for packed in (DocumentRows(file, seq_len, split_long=True) for file in files):
@@ -184,6 +188,7 @@ class HeldOutBatches:
         else:
             for file in files:
                 ring = len(file.tokens) - 1
+                ring -= ring % multiple_of if multiple_of else 0
                 self._rows += [(file, [(start, min(seq_len, ring - start))]) for start in range(0, ring, seq_len)]
 
     def __len__(self) -> int:
@@ -191,5 +196,5 @@ class HeldOutBatches:
 
     def __iter__(self) -> Iterator[Batch]:
         for index, start in enumerate(range(0, len(self._rows), self._batch_size)):
-            batch = make_batch(self._rows[start : start + self._batch_size], self._seq_len, self._eot_id)
+            batch = make_batch(self._rows[start : start + self._batch_size], self._seq_len, self._eot_id, self._document_mask)
             yield replace(batch, loss_tokens=count_labels(batch), index=index)

@@ -2,16 +2,17 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from functools import cached_property
 from typing import Any
 
 import numpy as np
+import torch
 
-from components.contracts import UserError
+from components.contracts import IGNORE, Batch, Tokenizer, UserError
 from components.data.base import CorpusData
 from components.data.documents import Corpus, Document, Piece, digest
-from components.data.errors import at_least, choice
+from components.data.errors import at_least, choice, lengths
 
 Probe = tuple[str, str]  # (prompt, answer)
 Maker = Callable[[np.random.Generator, int], Probe]  # (generator, characters at most) -> probe
@@ -51,6 +52,14 @@ def needle(rng: np.random.Generator, length: int) -> Probe:
     return "".join(parts) + question, answer
 
 
+def recall(rng: np.random.Generator, length: int) -> Probe:
+    """Hide one of 16 letters behind a mark in a text that runs through 8 others, at any depth: a passkey of one character."""
+    filler, value = length - 4, "ABCDEFGHIJKLMNOP"[int(rng.integers(16))]
+    depth, phase = int(rng.integers(filler + 1)), int(rng.integers(8))
+    text = ("abcdefgh" * (filler // 8 + 2))[phase : phase + filler]
+    return f"{text[:depth]}#{value}{text[depth:]}?", value
+
+
 def copy(rng: np.random.Generator, length: int) -> Probe:
     """Repeat a random word of 1 to (length - 2) / 2 letters."""
     word = "".join(rng.choice(LETTERS, size=int(rng.integers(1, (length - 2) // 2 + 1))))
@@ -67,6 +76,7 @@ def arithmetic(rng: np.random.Generator, length: int) -> Probe:
 KINDS: dict[str, tuple[Maker, int]] = {
     "needle": (needle, 128),
     "passkey": (passkey, 128),
+    "recall": (recall, 16),
     "copy": (copy, 8),
     "arithmetic": (arithmetic, 16),
 }
@@ -79,14 +89,15 @@ class SyntheticCorpus:
 
     def __init__(self, kind: str, length: int, seed: int, train_documents: int, val_documents: int, loss_on: str) -> None:
         self.name = f"synthetic {kind}, {length} characters"
+        self.kind, self.seed = kind, seed
         self._make, self._length = KINDS[kind][0], length
-        self._seed, self._wanted = seed, (val_documents, train_documents)
+        self._wanted = (val_documents, train_documents)
         self._loss_on = loss_on
 
     @cached_property
     def probes(self) -> tuple[list[Probe], list[Probe]]:
         """(held out, train), each without repetition across the two. Raises UserError when there are not so many different ones."""
-        rng = np.random.Generator(np.random.PCG64(self._seed))
+        rng = np.random.Generator(np.random.PCG64(self.seed))
         held_out: dict[Probe, None] = {}
         train: list[Probe] = []
         for _ in range(MOST_TRIES * sum(self._wanted)):
@@ -100,7 +111,7 @@ class SyntheticCorpus:
         raise UserError(f"data.val_documents: {self._wanted[0]}; there are not so many different probes of this kind and length; lower it")
 
     def fingerprint(self) -> str:
-        return digest(self.name, self._seed, *self._wanted, self._loss_on, np.__version__)  # numpy may change its streams between versions
+        return digest(self.name, self.seed, *self._wanted, self._loss_on, np.__version__)  # numpy may change its streams between versions
 
     def train(self) -> Iterator[Document]:
         return self._documents("train", self.probes[1])
@@ -116,20 +127,51 @@ class SyntheticCorpus:
             yield Document(f"{split}#{i}", (Piece(prompt, loss=self._loss_on == "all"), Piece(answer)))
 
 
+def draw(make: Maker, length: int, count: int, seed: int) -> list[Probe]:
+    """`count` probes of a length, each on its own."""
+    rng = np.random.Generator(np.random.PCG64([seed, length]))
+    return [make(rng, length) for _ in range(count)]
+
+
+class ProbeBatches:
+    """Probes as batches, each a row of its own in which only the answer's tokens are labels; shorter rows are filled up at the end."""
+
+    def __init__(self, probes: Sequence[Probe], tokenizer: Tokenizer, rows: int) -> None:
+        self._probes, self._tokenizer, self._rows = probes, tokenizer, rows
+
+    def __len__(self) -> int:
+        return -(-len(self._probes) // self._rows)
+
+    def __iter__(self) -> Iterator[Batch]:
+        encode, start = self._tokenizer.encode, self._tokenizer.eot_id
+        for first in range(0, len(self._probes), self._rows):
+            pairs = [([start, *encode(prompt)], encode(answer)) for prompt, answer in self._probes[first : first + self._rows]]
+            width = max(len(prompt) + len(answer) for prompt, answer in pairs) - 1
+            inputs = torch.full((len(pairs), width), start)
+            labels = torch.full((len(pairs), width), IGNORE)
+            for i, (prompt, answer) in enumerate(pairs):
+                tokens = torch.tensor(prompt + answer)
+                inputs[i, : len(tokens) - 1] = tokens[:-1]
+                labels[i, len(prompt) - 1 : len(tokens) - 1] = tokens[len(prompt) :]
+            yield Batch(inputs, labels)
+
+
 class SyntheticData(CorpusData):
-    """Probes of `kind` (needle, passkey, copy, arithmetic), whole ones in a row; see CorpusData for the other arguments.
+    """Probes of `kind` (needle, passkey, recall, copy, arithmetic), whole ones in a row; see CorpusData for the other arguments.
 
     length: characters of a probe at most, null for what a row holds with one token a byte; seed: of the probes, not of the run;
-    loss_on: completion (the answer alone) or all. Raises UserError for an unknown kind, and a length outside kind's least and seq_len - 1.
+    loss_on: completion (the answer alone) or all; eval_lengths: characters of further probes, `eval_documents` of each. Raises UserError for an unknown kind, and a length outside kind's least and seq_len - 1.
     """
 
     whole_documents = True
 
     def __init__(
         self, kind: str, length: int | None, train_documents: int, val_documents: int, seed: int, loss_on: str,
-        tokenizer: Mapping[str, Any], seq_len: int, batch_size: int, num_workers: int,
+        tokenizer: Mapping[str, Any], seq_len: int, batch_size: int, eval_lengths: Sequence[int], eval_documents: int, num_workers: int,
     ) -> None:  # fmt: skip
         super().__init__(tokenizer, seq_len, batch_size, num_workers)
+        self.eval_lengths = lengths("data.eval_lengths", eval_lengths)
+        self._eval_documents = at_least("data.eval_documents", eval_documents, 1)
         smallest = KINDS[choice("data.kind", kind, KINDS)][1]
         size = self.seq_len - 1 if length is None else at_least("data.length", length, 1)
         if not smallest <= size < self.seq_len:
@@ -137,6 +179,8 @@ class SyntheticData(CorpusData):
                 f"data.length: {size}; {kind} needs from {smallest} characters to one less than data.seq_len={seq_len} (a token each, one "
                 "begins the document)"
             )
+        if too_short := [length for length in self.eval_lengths if length < smallest]:
+            raise UserError(f"data.eval_lengths: {too_short[0]}; {kind} needs at least {smallest} characters")
         self._corpus = SyntheticCorpus(
             kind,
             size,
@@ -149,6 +193,12 @@ class SyntheticData(CorpusData):
 
     def _corpora(self) -> Sequence[Corpus]:
         return [self._corpus]
+
+    def evaluations(self) -> dict[str, Iterable[Batch]]:
+        """Return new probes of each of `eval_lengths`, by name."""
+        make, tokens = KINDS[self._corpus.kind][0], self.seq_len * self.batch_size
+        drawn = {n: draw(make, n, self._eval_documents, self._corpus.seed) for n in self.eval_lengths}
+        return {f"length_{n}": ProbeBatches(probes, self.tokenizer, max(1, tokens // n)) for n, probes in drawn.items()}
 
     def examples(self) -> list[Probe]:
         """Return the held-out (prompt, answer) pairs, to ask a model by generation."""

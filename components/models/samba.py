@@ -1,7 +1,8 @@
-"""Samba (arXiv 2406.07522): Mamba-1 -> SwiGLU -> sliding-window attention -> SwiGLU, repeated.
+"""Samba (arXiv 2406.07522): Mamba-1 -> SwiGLU -> sliding-window attention -> SwiGLU, repeated; and the models that its paper compares.
 
 Notable: every sublayer pre-norm with its own residual; no attention beyond the window, so decoding needs constant memory; tied head;
-no bias but those of the convolution and of dt; rotary on whole heads. A layer here is one mixer + MLP, two of the paper's sublayers.
+no bias but those of the convolution and of dt; rotary on whole heads. A layer here is one mixer with or without its MLP: two of the paper's
+sublayers, or one. Which mixers and MLPs there are is two patterns, so that the paper's ablations are options (conf/model/variant).
 """
 
 from __future__ import annotations
@@ -17,6 +18,7 @@ from components.decode_state import LayerState, RecurrentState
 from kernels.causal_conv1d import causal_conv1d
 from kernels.selective_scan import selective_scan
 
+_MIXERS = ("mamba", "attention", "full_attention", "mlp")
 _DT_MIN, _DT_MAX, _DT_FLOOR = 1e-3, 1e-1, 1e-4  # range of the step size dt at init, in tokens; the paper finds it insensitive
 
 
@@ -112,12 +114,31 @@ class MambaBlock(Block):
         return self.mixer.mixing_flops()
 
 
+class MLPBlock(Block):
+    """Block whose mixer is a SwiGLU: it mixes no tokens, so it remembers nothing (the paper's MLP2)."""
+
+    mixer: MLP
+
+    def mix(self, x: Tensor, context: Context, state: LayerState | None) -> Tensor:
+        return self.mixer(x)
+
+    def new_state(self, batch_size: int, max_length: int, dtype: torch.dtype, device: torch.device) -> RecurrentState:
+        return RecurrentState.empty(batch_size, 0, 0, 0, dtype, device)  # of no bytes; keeps one state a layer
+
+    def mixing_flops(self, seq_len: int) -> float:
+        return 0.0
+
+
 class Samba(Decoder):
     """Samba language model; implements components.contracts.Model.
 
     Args:
-        num_layers: mixer + MLP blocks, half the paper's sublayers; layer i has the mixer layer_pattern[i % len].
-        window: keys an attention query sees, with itself; None sees all.
+        num_layers: mixers, each with or without an MLP; half the paper's sublayers where all have one.
+        layer_pattern: mixer of layer i is layer_pattern[i % len]: mamba | attention (within the window) | full_attention (whatever the
+            window) | mlp (a SwiGLU of mixer_intermediate_size).
+        mlp_pattern: does layer i have an MLP sublayer: mlp_pattern[i % len].
+        mixer_intermediate_size: None for 2 * hidden_size, about as many parameters as a Mamba mixer has.
+        window: keys a query of an `attention` layer sees, with itself; None sees all.
         position: "rope", or "none" for the paper's NoPE ablation.
         max_length: length in tokens of the training rows (L0 of the RoPE rules).
         dt_rank: None for ceil(hidden_size / 16).
@@ -140,6 +161,8 @@ class Samba(Decoder):
         expand: int,
         dt_rank: int | None,
         layer_pattern: list[str],
+        mlp_pattern: list[bool],
+        mixer_intermediate_size: int | None,
         position: str,
         rope_theta: float,
         max_length: int,
@@ -148,31 +171,36 @@ class Samba(Decoder):
         rope: RopeRule,
     ) -> None:
         check_positive(vocab_size=vocab_size, hidden_size=hidden_size, num_layers=num_layers, intermediate_size=intermediate_size)
-        check_positive(num_heads=num_heads, head_dim=head_dim, max_length=max_length)
+        check_positive(num_heads=num_heads, head_dim=head_dim, max_length=max_length, mixer_intermediate_size=mixer_intermediate_size)
         check_choice("model.position", position, ("rope", "none"))
         if not layer_pattern:
-            raise UserError("model.layer_pattern: []; allowed is a list of mamba and attention; try [mamba, attention]")
+            raise UserError(f"model.layer_pattern: []; allowed is a list of {', '.join(_MIXERS)}; try [mamba, attention]")
         for kind in layer_pattern:
-            check_choice("model.layer_pattern", kind, ("mamba", "attention"))
-        blocks: list[Block] = []
-        for i in range(num_layers):
-            mlp = MLP(hidden_size, intermediate_size)
-            if layer_pattern[i % len(layer_pattern)] == "mamba":
-                blocks.append(MambaBlock(MambaMixer(hidden_size, state_size, conv_kernel, expand, dt_rank), mlp, hidden_size, norm_eps))
-            else:
-                attention = Attention(hidden_size, num_heads, num_kv_heads, head_dim, window)
-                blocks.append(AttentionBlock(attention, mlp, hidden_size, norm_eps))
+            check_choice("model.layer_pattern", kind, _MIXERS)
+        if not mlp_pattern:
+            raise UserError("model.mlp_pattern: []; allowed is a list of true and false; try [true]")
+
+        def block(kind: str, with_mlp: bool) -> Block:
+            mlp = MLP(hidden_size, intermediate_size) if with_mlp else None
+            if kind == "mamba":
+                return MambaBlock(MambaMixer(hidden_size, state_size, conv_kernel, expand, dt_rank), mlp, hidden_size, norm_eps)
+            if kind == "mlp":
+                return MLPBlock(MLP(hidden_size, mixer_intermediate_size or 2 * hidden_size), mlp, hidden_size, norm_eps)
+            keys = window if kind == "attention" else None
+            return AttentionBlock(Attention(hidden_size, num_heads, num_kv_heads, head_dim, keys), mlp, hidden_size, norm_eps)
+
+        kinds = [layer_pattern[i % len(layer_pattern)] for i in range(num_layers)]
         super().__init__(
             vocab_size=vocab_size,
             hidden_size=hidden_size,
-            blocks=blocks,
+            blocks=[block(kind, mlp_pattern[i % len(mlp_pattern)]) for i, kind in enumerate(kinds)],
             norm_eps=norm_eps,
             tie_embeddings=tie_embeddings,
             rope=rope,
             rotary_dim=head_dim if position == "rope" else None,
             rope_theta=rope_theta,
             max_length=max_length,
-            window=window,
+            window=None if "full_attention" in kinds else window if "attention" in kinds else 0,
         )
         self._init_weights()
 
@@ -180,12 +208,12 @@ class Samba(Decoder):
     def _init_weights(self) -> None:
         """Embedding (and an untied head) N(0, 0.02); projections keep nn.Linear's U(+-1/sqrt fan_in), which is also right for fused parts.
 
-        Projections that write to the residual stream are divided by sqrt(number of sublayers).
+        Projections that write to the residual stream are divided by sqrt(number of sublayers): 2 a layer, 1 where it has no MLP.
         """
         nn.init.normal_(self.embed_tokens.weight, std=0.02)
         if self.lm_head is not None:
             nn.init.normal_(self.lm_head.weight, std=0.02)
-        scale = (2 * len(self.layers)) ** -0.5
+        scale = sum(block.sublayers for block in self.blocks) ** -0.5
         for module in self.modules():
             if isinstance(module, MambaMixer):
                 module.out_proj.weight.mul_(scale)

@@ -15,6 +15,7 @@ from framework.callbacks.nan_guard import gradient_norm
 from framework.distributed import reduced
 
 LOSS_ON = ("all", "completion")
+EVALUATED_ROWS = 1024  # of logits at a time
 MakeOptimizer = Callable[[nn.Module], torch.optim.Optimizer]
 MakeSchedule = Callable[[torch.optim.Optimizer, int], torch.optim.lr_scheduler.LRScheduler]
 
@@ -123,6 +124,21 @@ class LanguageModelTask(pl.LightningModule):
             return [group["lr"] for group in self.trainer.optimizers[0].param_groups]
         done = scheduler.last_epoch - 1
         return [base * factor(done) for base, factor in zip(scheduler.base_lrs, scheduler.lr_lambdas)]
+
+    @torch.no_grad()
+    def evaluate(self, batches: Iterable[Batch]) -> dict[str, float]:
+        """Loss a label, and the share of labels that the model finds most likely. Whoever calls sets precision and evaluation mode."""
+        nll, right, tokens = 0.0, 0, 0
+        for batch in batches:
+            batch = batch.to(self.device)
+            assert batch.labels is not None
+            counted = batch.labels != IGNORE
+            hidden, labels = self.model(batch).hidden[counted], batch.labels[counted]  # (M, D), (M,)
+            nll += float(nll_sum(hidden[None], self.model.head_weight, labels[None])[0])  # type: ignore[arg-type]
+            for rows, wanted in zip(hidden.split(EVALUATED_ROWS), labels.split(EVALUATED_ROWS)):
+                right += int((self.model.logits(rows).argmax(dim=1) == wanted).sum())  # type: ignore[operator]
+            tokens += len(labels)
+        return {"loss": nll / tokens, "accuracy": right / tokens} if tokens else {}
 
     def on_validation_epoch_start(self) -> None:
         self.val_nll = torch.zeros((), dtype=torch.float64, device=self.device)

@@ -5,10 +5,12 @@ from pathlib import Path
 
 import pytest
 import yaml
+from omegaconf import OmegaConf
 
 from framework.build import compose
 from framework.overrides import CONF, group_names, group_options
 from framework.resolvers import register
+from tests.components.models.conftest import load_config
 
 TRAIN = yaml.safe_load((CONF / "train.yaml").read_text())["defaults"]
 GENERATE = yaml.safe_load((CONF / "generate.yaml").read_text())["defaults"]
@@ -61,6 +63,51 @@ def test_overlay_follows_both_choices():
     assert "state_size" in other.model and "state_size" not in config.model
 
 
+# Where the parts meet: a variant's numbers at a size, above those of the size and of the model at that size; and a variant without any.
+MEETINGS = [("421m", "mamba_only"), ("421m", "swa_heads_6_1"), ("tiny", "window_512"), ("1b3", "swa_only"), ("3b8", "mamba_swa_mlp")]
+
+
+def composed_as_in_the_model_tests(size, variant):
+    """tests/components/models reads the same files without Hydra; this is what keeps the two orders the same."""
+    node = compose("train", ["model=samba", f"model/size={size}", f"model/variant={variant}", "data.seq_len=64"]).model
+    assert OmegaConf.to_container(node, resolve=True) == OmegaConf.to_container(load_config("samba", size, variant), resolve=True)
+
+
+@pytest.mark.parametrize(("size", "variant"), MEETINGS)
+def test_variant_meets_size(size, variant):
+    composed_as_in_the_model_tests(size, variant)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("size", group_options("model/size"))
+@pytest.mark.parametrize("variant", group_options("model/variant"))
+def test_every_variant_meets_every_size(size, variant):
+    composed_as_in_the_model_tests(size, variant)
+
+
+def test_variants_follow_a_word_and_yield_to_a_key():
+    """An ablation is one override; a key typed besides it wins, and so does a typed size."""
+    node = compose("train", ["model/variant=mamba_only", "model/size=421m", "model.num_layers=48"]).model
+    assert (node.num_layers, node.hidden_size, node.layer_pattern, node.mlp_pattern) == (48, 1024, ["mamba"], [False])
+
+
+def test_every_overlay_has_a_model_a_size_and_perhaps_a_variant():
+    """A misspelt file would never be read, since overlays are optional."""
+    sizes, variants = group_options("model/size"), ["", *(f"{v}_" for v in group_options("model/variant"))]
+    names = {f"{model}_{variant}{size}" for model in group_options("model") for variant in variants for size in sizes}
+    assert set(group_options("model/overlay")) <= names
+
+
+@pytest.mark.parametrize("variant", ["swa_only", "mamba_swa_mlp"])
+def test_a_variant_of_another_model_is_a_mistake_of_the_user(variant, capsys):
+    import train
+
+    assert train.main(["model=phi4mini", f"model/variant={variant}"]) == 2
+    said = capsys.readouterr()
+    lines = [line for line in (said.out + said.err).splitlines() if "error" in line]
+    assert lines[0] == "error: model.layer_pattern: unknown key of Phi4Mini" and "Traceback" not in said.err
+
+
 def test_resolvers_can_be_registered_twice():
     register()
     register()
@@ -73,8 +120,6 @@ def test_python_api_equals_command_line(capsys, monkeypatch):
     words = ["model=phi4mini", "model/size=test", "seed=7", "paths.output_dir=somewhere"]
     assert train.main([*words, "--cfg", "job", "--resolve"]) == 0
     printed = yaml.safe_load(capsys.readouterr().out)
-    from omegaconf import OmegaConf
-
     assert printed == OmegaConf.to_container(compose("train", words), resolve=True)
 
 
@@ -93,5 +138,5 @@ def test_help_and_cfg_import_nothing_heavy():
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=CONF.parent)
     assert done.returncode == 0, done.stderr
     assert time.monotonic() - started < 30  # a hang, not a speed claim
-    for word in ("model", "samba", "optimizer", "muon"):
+    for word in ("model", "samba", "model/variant", "mamba_swa_mlp", "optimizer", "muon"):
         assert word in done.stdout

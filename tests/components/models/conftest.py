@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import importlib
 from pathlib import Path
 from typing import Any
@@ -18,16 +19,24 @@ CONF = Path(__file__).parents[3] / "conf" / "model"
 MODELS = sorted(path.stem for path in CONF.glob("*.yaml"))
 
 
-def load_config(model: str, size: str) -> DictConfig:
-    """The model node as the defaults list composes it: model, then size, then overlay."""
-    files = [CONF / f"{model}.yaml", CONF / "size" / f"{size}.yaml", CONF / "overlay" / f"{model}_{size}.yaml"]
-    nodes = [OmegaConf.load(path) for path in files if path.exists()]
+VARIANTS = sorted(path.stem for path in (CONF / "variant").glob("*.yaml"))
+SIZES = sorted(path.stem for path in (CONF / "size").glob("*.yaml"))
+
+
+read = functools.cache(OmegaConf.load)  # merging copies
+
+
+def load_config(model: str, size: str, variant: str = "base") -> DictConfig:
+    """The model node as the defaults list composes it (tests/conf compares): model, size, overlay, variant, overlay of the variant."""
+    names = [model, f"size/{size}", f"overlay/{model}_{size}", f"variant/{variant}", f"overlay/{model}_{variant}_{size}"]
+    files = [CONF / f"{name}.yaml" for name in names]
+    nodes = [read(path) for path in files if path.exists()]
     whole = OmegaConf.create({"model": OmegaConf.merge(*nodes), "data": {"seq_len": 64}})
     return whole.model
 
 
-def build(model: str, size: str = "test", seed: int = 0, **changes: Any) -> Decoder:
-    config = OmegaConf.to_container(load_config(model, size), resolve=True)
+def build(model: str, size: str = "test", seed: int = 0, variant: str = "base", **changes: Any) -> Decoder:
+    config = OmegaConf.to_container(load_config(model, size, variant), resolve=True)
     module, name = config.pop("_target_").rsplit(".", 1)
     changes.setdefault("rope", NoRescaling())
     if config["vocab_size"] is None:
@@ -38,7 +47,7 @@ def build(model: str, size: str = "test", seed: int = 0, **changes: Any) -> Deco
 
 @pytest.fixture
 def make_model():
-    """make_model(name, size="test", seed=0, **changes) -> Decoder."""
+    """make_model(name, size="test", seed=0, variant="base", **changes) -> Decoder."""
     return build
 
 

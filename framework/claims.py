@@ -16,8 +16,8 @@ from typing import Any
 from omegaconf import OmegaConf
 
 from components.contracts import UserError
-from framework.arms import Claim, Job, arm_of, claim_hash, declared, first_stage, plain, read_claim, read_jobs, stored_hydra
 from framework import bounds
+from framework.arms import Claim, Job, arm_of, claim_hash, declared, first_stage, plain, read_claim, read_jobs, stored_hydra
 from framework.entry import report
 from framework.runs import replace_file
 from framework.statistics import mean_interval, welch_interval
@@ -41,7 +41,8 @@ def judge(sweep_dir: str | Path) -> dict[str, Any] | None:
     Each arm after the first is compared with the first on every axis of the threshold. Gain: how much better the first is; for
     paired_t the interval is that of the mean difference over equal seeds. One comparison is SUPPORTED when its whole interval lies at
     or above the threshold, NOT SUPPORTED when all of it lies below, else INCONCLUSIVE. The claim is SUPPORTED when all are, NOT
-    SUPPORTED when any is. `test: bounds` has no interval: each bound holds or does not (framework/bounds.py). Missing or failed runs, or runs of different claims, make it INCONCLUSIVE whatever the rest says.
+    SUPPORTED when any is. `test: bounds` has no interval: each bound holds or does not (framework/bounds.py).
+    Missing or failed runs, or runs of different claims, make it INCONCLUSIVE whatever the rest says.
 
     Returns:
         The verdict; None where the runs carry no claim, or are the first stage of one.
@@ -82,7 +83,8 @@ def judge(sweep_dir: str | Path) -> dict[str, Any] | None:
         "verdict": INCONCLUSIVE if faults else overall([c["verdict"] for c in compared]), "experiment": experiment,
         "statement": claim.statement, "why": faults, "notes": notes, "metric": claim.metric, "better": claim.better,
         "comparisons": compared, "jobs": counts, "minutes": round(minutes, 2), "command": command(folder), "sweep": shown(folder),
-        "figures": shown_figures(claim, cells), "stage_one": stage_one or None, "claim": stored, "claim_hash": claim_hash(stored), "claim_changed": changed, **origin(jobs),
+        "figures": shown_figures(claim, cells), "stage_one": stage_one or None, "claim": stored, "claim_hash": claim_hash(stored),
+        "claim_changed": changed, **origin(jobs),
     }  # fmt: skip
     replace_file(folder / VERDICT_FILE, json.dumps(finite(verdict), indent=2) + "\n")
     return finite(verdict)

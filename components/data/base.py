@@ -7,7 +7,7 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from components.contracts import UserError
+from components.contracts import Batch, UserError
 from components.data import baselines as models
 from components.data.documents import Corpus, Document, digest
 from components.data.errors import at_least

@@ -160,7 +160,8 @@ class SyntheticData(CorpusData):
     """Probes of `kind` (needle, passkey, recall, copy, arithmetic), whole ones in a row; see CorpusData for the other arguments.
 
     length: characters of a probe at most, null for what a row holds with one token a byte; seed: of the probes, not of the run;
-    loss_on: completion (the answer alone) or all; eval_lengths: characters of further probes, `eval_documents` of each. Raises UserError for an unknown kind, and a length outside kind's least and seq_len - 1.
+    loss_on: completion (the answer alone) or all; eval_lengths: characters of further probes,
+    `eval_documents` of each. Raises UserError for an unknown kind, and a length outside kind's least and seq_len - 1.
     """
 
     whole_documents = True

@@ -156,7 +156,7 @@ def test_float64_and_many_states_run_in_eager():
 
 # ---------------------------------------------------------------------------------------------------------------- compiling
 
-RUN = "import torch; from kernels.selective_scan import selective_scan; x = torch.ones(1, 2, 1); print(selective_scan(x, x, -x[0, :1], x, x))"
+RUN = "import torch; from kernels.selective_scan import selective_scan as s; x = torch.ones(1, 2, 1); print(s(x, x, -x[0, :1], x, x))"
 
 
 def python(**environment):

@@ -232,9 +232,7 @@ class Session:
         """The data's further held-out batches, measured with the weights as they are now: {eval/NAME/loss, eval/NAME/accuracy}."""
         sets, found = self.parts.data.evaluations(), {}
         if sets and distributed.is_sharded(self.trainer):
-            say(
-                f"not measured, since the weights are spread over processes: {', '.join(sets)}; python train.py ckpt={self.run_dir} measures it"
-            )
+            say(f"not measured, since each process holds a part of the weights: {', '.join(sets)}")
             return {}
         weights = self.ema.applied(self.task) if self.ema else contextlib.nullcontext()
         with weights, self.trainer.precision_plugin.forward_context():
@@ -250,8 +248,8 @@ class Session:
         baselines = self.parts.data.baselines()
         trainable, total = count_parameters(self.parts.model)
         metrics = {
-            **self.rows.last, **self.evaluations(), **{f"baseline/{name}_bits_per_byte": value for name, value in baselines.items()}, **self.clock.totals(),
-            "seed": self.config.seed, "step": self.trainer.global_step, "params/trainable": trainable, "params/total": total,
+            **self.rows.last, **self.evaluations(), **{f"baseline/{name}_bits_per_byte": value for name, value in baselines.items()},
+            **self.clock.totals(), "seed": self.config.seed, "step": self.trainer.global_step, "params/trainable": trainable, "params/total": total,
             "perf/peak_memory_bytes": runtime.peak_memory_bytes(),
         }  # fmt: skip
         write_summary(self.run_dir, metrics)

@@ -42,7 +42,7 @@ def problems(require: Any, arms: Any) -> Iterator[str]:
 
 
 def subject(line: Mapping[str, Any]) -> str:
-    """What a line bounds, in words: 'max of A - B of samba'."""
+    """What a line bounds, in words: 'max of A - B, arm'."""
     what = f"{line['metric']} - {line['minus']}" if "minus" in line else line["metric"]
     whose = f"{line['over']} / {line['arm']}" if "over" in line else line["arm"]
     return f"{line['statistic']} of {what}, {whose}"

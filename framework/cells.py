@@ -21,7 +21,7 @@ from framework.signatures import locate
 
 Cell = dict[str, str]  # {group or key: value}, without those that have their default
 CROSS = ("model", "adapter", "optimizer", "rope")  # groups whose options are all combined; those of the other groups come one at a time
-APART = ("model/size", "model/overlay", "model/variant", "experiment", "local", "debug", "sweep")  # not parts that one exchanges for another
+APART = ("model/size", "model/overlay", "model/variant", "experiment", "local", "debug", "sweep")  # no parts to exchange
 RULES = Path(__file__).resolve().parent.parent / "tests" / "illegal_cells.yaml"
 SEED, STEPS = 1, 2
 

@@ -61,6 +61,8 @@ def resume(config: DictConfig, run_dir: Path) -> float | None:
     state = read_state(run_dir)
     if not (run_dir / "config.yaml").is_file():
         raise UserError(f"resume: {str(run_dir)!r} stopped before it had a configuration; start it again")
+    if state.get("status") == "imported":
+        raise UserError(f"resume: {run_dir} was imported, not trained; start from it with ckpt={run_dir}")
     saved = build.read_config(run_dir)
     changed = lay_over(saved, config, HydraConfig.get().overrides.task, run_dir)
     saved.resume_force = config.resume_force

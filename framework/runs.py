@@ -13,7 +13,7 @@ from typing import Any
 from omegaconf import OmegaConf
 
 STATE_FILE, LOCK_FILE = "run_state.json", ".lock"
-FINISHED = ("done", "diverged")  # statuses after which going on makes no sense by itself
+FINISHED = ("done", "diverged", "imported")  # statuses after which going on makes no sense by itself
 INHERITED = ("model", "model/size", "model/variant", "rope")  # choices that `ckpt=` takes from its run
 
 

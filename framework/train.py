@@ -230,7 +230,8 @@ class Session:
 
     def evaluations(self) -> dict[str, float]:
         """The data's further held-out batches, measured with the weights as they are now: {eval/NAME/loss, eval/NAME/accuracy}."""
-        sets, found = self.parts.data.evaluations(), {}
+        sets = self.parts.data.evaluations()
+        found: dict[str, float] = {}
         if sets and distributed.is_sharded(self.trainer):
             say(f"not measured, since each process holds a part of the weights: {', '.join(sets)}")
             return {}
@@ -238,7 +239,7 @@ class Session:
         with weights, self.trainer.precision_plugin.forward_context():
             self.task.eval()
             for name, batches in sets.items():
-                result = self.task.evaluate(batches)
+                result = self.task.evaluate(batches)  # type: ignore[operator]
                 found |= {f"eval/{name}/{key}": value for key, value in result.items()}
                 say(f"{name}: " + ", ".join(f"{key} {value:.4f}" for key, value in result.items()))
         return found
@@ -249,8 +250,8 @@ class Session:
         trainable, total = count_parameters(self.parts.model)
         metrics = {
             **self.rows.last, **self.evaluations(), **{f"baseline/{name}_bits_per_byte": value for name, value in baselines.items()},
-            **self.clock.totals(), "seed": self.config.seed, "step": self.trainer.global_step, "params/trainable": trainable, "params/total": total,
-            "perf/peak_memory_bytes": runtime.peak_memory_bytes(),
+            **self.clock.totals(), "seed": self.config.seed, "step": self.trainer.global_step, "params/trainable": trainable,
+            "params/total": total, "perf/peak_memory_bytes": runtime.peak_memory_bytes(),
         }  # fmt: skip
         write_summary(self.run_dir, metrics)
         loss_curve(read_rows(self.run_dir), baselines, self.run_dir / "loss.png", f"{self.config.name}: {self.run_dir.name}")

@@ -6,6 +6,7 @@ import difflib
 import errno
 from collections.abc import Iterable
 from pathlib import Path
+from typing import Any
 
 from components.contracts import UserError
 
@@ -33,7 +34,7 @@ def at_least(key: str, value: object, smallest: int) -> int:
 
 def lengths(key: str, value: object) -> list[int]:
     """Return `value` when it is a list of different whole numbers of at least 2, else raise UserError."""
-    values = list(value) if isinstance(value, list | tuple) else [None]
+    values: list[Any] = list(value) if isinstance(value, list | tuple) else [None]
     if any(not isinstance(one, int) or isinstance(one, bool) or one < 2 for one in values) or len(set(values)) < len(values):
         raise UserError(f"{key}: {value!r}; must be a list of different whole numbers of at least 2, such as [512, 1024]")
     return values

@@ -18,7 +18,7 @@ from torch.utils.checkpoint import checkpoint
 
 from components.contracts import Batch, ModelOutput, Role, RopeRule, RopeSpec, UserError
 from components.decode_state import DecodeState, KVCache, LayerState, Step
-from kernels.rms_norm import rms_norm
+from kernels.rms_norm import add_rms_norm, rms_norm
 from kernels.rope import apply_rope, rope_tables
 from kernels.sliding_window import attention, cached_attention
 from kernels.swiglu import swiglu
@@ -86,6 +86,10 @@ class RMSNorm(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         return rms_norm(x, self.weight, self.eps)
+
+    def after(self, branch: Tensor, stream: Tensor) -> tuple[Tensor, Tensor]:
+        """Add a branch to the residual stream (..., D) and normalise the sum, in one pass where a kernel can. Returns (normed, sum)."""
+        return add_rms_norm(branch, stream, self.weight, self.eps)
 
 
 class MLP(nn.Module):
@@ -171,8 +175,11 @@ class Block(nn.Module):
 
     def forward(self, x: Tensor, context: Context, state: LayerState | None = None) -> Tensor:
         """x: (B, T, D), the residual stream; fp32 under autocast, since it starts from fp32 embeddings."""
-        x = x + self.mix(self.mixer_norm(x), context, state)
-        return x if self.mlp is None or self.mlp_norm is None else x + self.mlp(self.mlp_norm(x))
+        branch = self.mix(self.mixer_norm(x), context, state)
+        if self.mlp is None or self.mlp_norm is None:
+            return x + branch
+        normed, x = self.mlp_norm.after(branch, x)
+        return x + self.mlp(normed)
 
     @property
     def sublayers(self) -> int:

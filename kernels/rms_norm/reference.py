@@ -11,3 +11,9 @@ def rms_norm(x: Tensor, weight: Tensor, eps: float = 1e-5) -> Tensor:
     acc = torch.float64 if x.dtype == torch.float64 else torch.float32
     value = x.to(acc)
     return (value / (value.square().mean(dim=-1, keepdim=True) + eps).sqrt() * weight.to(acc)).to(x.dtype)
+
+
+def add_rms_norm(x: Tensor, residual: Tensor, weight: Tensor, eps: float = 1e-5) -> tuple[Tensor, Tensor]:
+    """See `kernels.rms_norm.add_rms_norm`."""
+    total = residual + x
+    return rms_norm(total, weight, eps), total

@@ -1,6 +1,8 @@
 """The decode state of every model: full or ring key/value caches, convolution and state-space memory, one length per row.
 
 Positions of the cached keys are not stored: position p lives in slot p mod S, so the rows' lengths alone say what each slot holds.
+Where no gradient is recorded every buffer is updated in place: decoding on and on moves no tensor, which a CUDA graph relies on
+(components/decoding/graph_step.py). Only a cache without a window grows.
 """
 
 from __future__ import annotations
@@ -27,6 +29,7 @@ class Step:
         self.needed = longest + tokens
         self._rows = torch.arange(len(length), device=length.device)[:, None]  # (B, 1)
         self._held: dict[tuple[int, bool], Tensor] = {}
+        self._slots: dict[tuple[int, int], Tensor] = {}
 
     def held(self, slots: int, before: bool = False) -> Tensor:
         """(B, slots) int64: the position that each slot holds after this step's tokens were written (or before that); -1 where empty."""
@@ -40,8 +43,15 @@ class Step:
     def write(self, buffer: Tensor, new: Tensor) -> None:
         """Put new (B, G, T, K) into buffer (B, G, S, K) in place, at slot = position mod S; of more than S tokens the last S stay."""
         new = new.detach()[:, :, -buffer.shape[2] :]
-        slots = self.positions[:, -new.shape[2] :] % buffer.shape[2]  # (B, T)
-        buffer[self._rows, :, slots] = new.transpose(1, 2).to(buffer.dtype)
+        key = (new.shape[2], buffer.shape[2])
+        if key not in self._slots:  # the same for the keys and the values of every layer
+            self._slots[key] = self.positions[:, -key[0] :] % key[1]  # (B, T)
+        buffer[self._rows, :, self._slots[key]] = new.transpose(1, 2).to(buffer.dtype)
+
+
+def _may_overwrite(buffer: Tensor) -> bool:
+    """Not where a backward may still read it, nor a tensor made in inference mode outside of that mode."""
+    return not torch.is_grad_enabled() and (torch.is_inference_mode_enabled() or not buffer.is_inference())
 
 
 @dataclass
@@ -142,8 +152,12 @@ class RecurrentState:
         )
 
     def update(self, conv: Tensor, ssm: Tensor) -> None:
-        """Take the new states, keeping the own dtype."""
-        self.conv, self.ssm = conv.detach().to(self.conv.dtype), ssm.detach().to(self.ssm.dtype)
+        """Take the new states (copied in place where no gradient is recorded), keeping the own dtype."""
+        if _may_overwrite(self.conv):
+            self.conv.copy_(conv)
+            self.ssm.copy_(ssm)
+        else:
+            self.conv, self.ssm = conv.detach().to(self.conv.dtype), ssm.detach().to(self.ssm.dtype)
 
     def map_rows(self, change: Callable[[Tensor], Tensor]) -> RecurrentState:
         return RecurrentState(change(self.conv), change(self.ssm))
@@ -197,6 +211,16 @@ class DecodeState:
         """Memory of all buffers, in bytes."""
         return sum(t.numel() * t.element_size() for layer in self.layers for t in layer.tensors)
 
+    @property
+    def fresh(self) -> bool:
+        """Whether no row has read a token yet."""
+        return self._longest == 0
+
+    @property
+    def constant_size(self) -> bool:
+        """Whether no layer grows with the length: recurrent ones and rings alone."""
+        return all(not isinstance(layer, KVCache) or layer.window is not None for layer in self.layers)
+
     def begin(self, batch_size: int, tokens: int) -> Step:
         """Start a call that appends `tokens` tokens to each row. Raises ValueError on another number of rows."""
         if batch_size != self.batch_size:
@@ -207,7 +231,14 @@ class DecodeState:
 
     def finish(self, tokens: int) -> None:
         """Count the tokens of a completed call."""
-        self.length = self.length + tokens
+        if _may_overwrite(self.length):
+            self.length.add_(tokens)
+        else:
+            self.length = self.length + tokens
+        self.count(tokens)
+
+    def count(self, tokens: int) -> None:
+        """The part of `finish` that happens on the host alone; for the tokens of a replayed CUDA graph, whose kernels did the rest."""
         self._longest += tokens
 
     def fork(self, n: int) -> DecodeState:
@@ -221,9 +252,29 @@ class DecodeState:
         chosen._longest = int(chosen.length.max()) if chosen.batch_size else 0  # the longest row may not be among them
         return chosen
 
+    def room(self, rows: int) -> DecodeState:
+        """An empty state of `rows` rows whose buffers have the shapes and dtypes of these."""
+        state = self._map_rows(lambda t: t.new_zeros(rows, *t.shape[1:]))
+        state._longest = 0
+        return state
+
+    def first(self, rows: int) -> DecodeState:
+        """The first rows as views: what is written to one state is seen in the other."""
+        return self._map_rows(lambda t: t[:rows])
+
+    def overwrite(self, source: DecodeState) -> None:
+        """Copy a state of as many rows, and of the same model, into the own buffers, which stay where they are."""
+        pairs = [(self.length, source.length), (self.regime, source.regime)]
+        for own, other in zip(self.layers, source.layers, strict=True):
+            pairs += zip(own.tensors, other.tensors, strict=True)
+        for mine, theirs in pairs:
+            if mine.shape != theirs.shape:
+                raise ValueError(f"decode state: a buffer of {tuple(theirs.shape)} does not fit one of {tuple(mine.shape)}")
+            mine.copy_(theirs)
+        self._longest = source._longest
+
     def reset(self, rows: Tensor) -> None:
         """Forget the given rows, (R,) int64 or (B,) bool, in place."""
-        self.length = self.length.clone()
         self.length[rows] = 0
         self.regime[rows] = 0
         for layer in self.layers:

@@ -17,6 +17,7 @@ import yaml
 
 from framework import overrides
 from framework.overrides import group_options
+from framework.procedure import Procedure
 from framework.signatures import locate
 
 Cell = dict[str, str]  # {group or key: value}, without those that have their default
@@ -119,11 +120,13 @@ def single_cells(config_name: str) -> list[Cell]:
 
 
 def fits(config_name: str, group: str, option: str) -> bool:
-    """Does an option of a group that both commands have belong to this one? A training task is a LightningModule."""
+    """Does an option of a group that both commands have belong to this one? What train.py trains is a LightningModule."""
     if group != "task":
         return True
-    target = locate(yaml.safe_load((overrides.CONF / group / f"{option}.yaml").read_text())["_target_"])
-    return issubclass(target, pl.LightningModule) == (config_name == "train")  # type: ignore[arg-type]
+    node = yaml.safe_load((overrides.CONF / group / f"{option}.yaml").read_text())
+    target = locate(node.get(group, node)["_target_"])  # an option may also set keys beside its group's
+    assert isinstance(target, type)
+    return not issubclass(target, Procedure) and issubclass(target, pl.LightningModule) == (config_name == "train")
 
 
 def legal_cells(rules: list[Rule]) -> list[Cell]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import math
 import warnings
 from collections import deque
@@ -15,7 +16,10 @@ from torch import Tensor, nn
 
 from components.contracts import Batch, Completion, DecodeState, Model, SamplingParams, Tokenizer, UserError
 from components.data.tokenizers import StreamDecoder
+from components.decoding.graph_step import StaticSteps
 from components.decoding.sampling import check_params, sample_token, uniforms
+
+log = logging.getLogger(__name__)
 
 HEAD_ELEMENTS = 1 << 22  # logits held at once while scoring: 16 MiB of float32, however long the sequence and large the vocabulary
 
@@ -48,6 +52,8 @@ class NativeEngine:
         max_batch: rows decoded together; more prompts wait.
         prefill_chunk: prompt tokens per forward; bounds the memory of long prompts.
         dtype: float32, or bfloat16 autocast.
+        static_steps: decode in buffers that never move (components/decoding/graph_step.py), where the model's state is of constant size.
+            auto: on a CUDA device, as a replayed CUDA graph; always: elsewhere too, without a graph; never.
 
     Example:
         >>> engine = NativeEngine(run.model, run.tokenizer)  # doctest: +SKIP
@@ -61,6 +67,7 @@ class NativeEngine:
         max_batch: int = 16,
         prefill_chunk: int = 1024,
         dtype: Literal["float32", "bfloat16"] = "float32",
+        static_steps: Literal["auto", "always", "never"] = "auto",
     ) -> None:
         for key, value in (("max_batch", max_batch), ("prefill_chunk", prefill_chunk)):
             if value < 1:
@@ -71,6 +78,7 @@ class NativeEngine:
         self.stop_ids, blocked = _special_ids(tokenizer)
         self._blocked = torch.arange(model.vocab_size, device=self.device) >= tokenizer.vocab_size  # (V,)
         self._blocked[blocked] = True
+        self._static = static_steps == "always" or (static_steps == "auto" and self.device.type == "cuda")
         self._warned = False
         self._generated = 0
 
@@ -137,6 +145,7 @@ class NativeEngine:
         waiting = deque(Row(index, list(prompt), len(prompt)) for index, prompt in enumerate(prompts))
         active: list[Row] = []
         state: DecodeState | None = None
+        static = StaticSteps(self.model, self.dtype) if self._static else None  # not kept: it holds where the weights lie now
         while waiting or active:
             if waiting and len(active) < self.max_batch:
                 fresh = [waiting.popleft() for _ in range(min(len(waiting), self.max_batch - len(active)))]
@@ -149,7 +158,7 @@ class NativeEngine:
                     active, state = active + fresh, _join([s for s in (state, kept) if s is not None])
             if active and state is not None:
                 with self._quiet():
-                    logits, state = self._step(active, state, longest)
+                    logits, state = self._step(active, state, longest, static)
                     self._append(active, logits, params)
                 yield active
                 with self._quiet():
@@ -182,10 +191,13 @@ class NativeEngine:
             hidden = self.model(Batch(piece), state).hidden[:, -1]
         return hidden
 
-    def _step(self, rows: list[Row], state: DecodeState, longest: int) -> tuple[Tensor, DecodeState]:
+    def _step(self, rows: list[Row], state: DecodeState, longest: int, static: StaticSteps | None) -> tuple[Tensor, DecodeState]:
         """Feed each row its last token. Returns logits (B, V) and the state, rebuilt where the step made a row's cache stale."""
         last = torch.tensor([[row.ids[-1]] for row in rows], device=self.device)
-        logits = self.model.logits(self.model(Batch(last), state).hidden[:, -1]).float()
+        if static is not None and self._can_be_static(state):
+            logits, state = static(last, cast(Any, state))
+        else:
+            logits = self.model.logits(self.model(Batch(last), state).hidden[:, -1]).float()
         stale = state.stale_rows()
         if not stale.any():
             return logits, state
@@ -198,6 +210,16 @@ class NativeEngine:
             else:
                 states.append(state.select(torch.tensor([index], device=self.device)))
         return logits, _join(states)
+
+    def _can_be_static(self, state: DecodeState) -> bool:
+        """Whether the state keeps its size; if not, say so once and decode step by step."""
+        if getattr(state, "constant_size", False):
+            return True
+        if self._static:
+            self._static = False
+            name = type(self.model).__name__
+            log.warning("engine.static_steps: the decode state of %s grows with the length; its steps run without CUDA graphs", name)
+        return False
 
     def _append(self, rows: list[Row], logits: Tensor, params: SamplingParams) -> None:
         """Sample one token for every row and say which rows are finished by it."""

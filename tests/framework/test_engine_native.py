@@ -13,6 +13,7 @@ from torch import Tensor, nn
 
 from components.contracts import Batch, ModelOutput, SamplingParams, UserError
 from components.data.tokenizers import bytes_tokenizer
+from components.decoding.graph_step import StaticStep
 from components.decoding.sampling import sample_token, uniforms
 from framework.build import build_model, compose
 from framework.engines.native import NativeEngine
@@ -159,6 +160,40 @@ def test_rows_of_a_real_model_that_join_late_have_room():
     wide = engine(real, max_batch=32)
     wide.stop_ids = native.stop_ids
     assert [c.token_ids for c in together] == [c.token_ids for c in wide.generate(prompts, SAMPLE)]
+
+
+@pytest.mark.parametrize("params", [GREEDY, SAMPLE], ids=["greedy", "sample"])
+@pytest.mark.parametrize("changes", [[], ["model=phi4mini", "model.window=16"]], ids=["hybrid", "window"])
+def test_static_steps_say_what_plain_steps_say(changes, params, monkeypatch):
+    """Rows end and join at random, so that states are loaded into the static buffers again and again."""
+    torch.manual_seed(0)
+    real = build_model(compose("train", [*changes, "model/size=test", "data.seq_len=64"]), TOKENIZER.vocab_size).eval()
+    prompts = [[EOT, *b"longer than all of the others"], *([EOT, *f"{n}".encode()] for n in range(10))]
+    used, found = [], {}
+    run = StaticStep.__call__
+    monkeypatch.setattr(StaticStep, "__call__", lambda step, ids: used.append((step.capacity, len(ids))) or run(step, ids))
+    for option in ("always", "never", "auto"):
+        used.clear()
+        native = engine(real, max_batch=5, static_steps=option)
+        native.stop_ids = set(range(0, real.vocab_size, 12))
+        found[option] = native.generate(prompts, params)
+        if option == "always":
+            assert (8, 5) in used and len({capacity for capacity, _ in used}) > 1
+        else:
+            assert not used  # auto: on a CUDA device, which there is not here
+    assert [c.token_ids for c in found["always"]] == [c.token_ids for c in found["never"]] == [c.token_ids for c in found["auto"]]
+    for a, b in zip(found["always"], found["never"], strict=True):
+        assert torch.allclose(torch.tensor(a.logprobs), torch.tensor(b.logprobs), rtol=1e-4, atol=1e-4)
+
+
+def test_static_steps_of_a_growing_state_fall_back_and_say_so_once(caplog):
+    real = build_model(compose("train", ["model=phi4mini", "model/size=test", "data.seq_len=64"]), TOKENIZER.vocab_size).eval()
+    native = engine(real, static_steps="always")
+    with caplog.at_level("WARNING"):
+        found = [native.generate(PROMPTS[:3], GREEDY) for _ in range(2)]
+    assert found[0] == found[1] == engine(real).generate(PROMPTS[:3], GREEDY)
+    lines = [record.getMessage() for record in caplog.records]
+    assert lines == ["engine.static_steps: the decode state of Phi4Mini grows with the length; its steps run without CUDA graphs"]
 
 
 def test_a_row_does_not_depend_on_what_comes_after_it_or_on_the_batch_size(model):

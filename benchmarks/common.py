@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import ctypes
 import json
+import math
 import platform
 import statistics
 import subprocess
 import time
 from collections.abc import Callable, Mapping
+from contextlib import suppress
 from datetime import UTC, datetime
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
@@ -18,6 +20,7 @@ import torch
 
 RESULTS = Path(__file__).parent / "results"
 _SHAPES = Path(__file__).parent / "shapes.json"  # written by `python -m framework.shapes`; a test fails when it is stale
+Clock = Callable[[Callable[[], object]], float]  # seconds of one call
 _M_TRIM_THRESHOLD, _M_MMAP_THRESHOLD = -1, -3  # numbers of glibc's mallopt
 
 
@@ -36,22 +39,58 @@ def model_shape(model: str, size: str, *keys: str) -> dict[str, Any]:
     return {key: shape[key] for key in keys}
 
 
-def interleaved(sides: Mapping[str, Callable[[], object]], rounds: Mapping[str, int], warmup: int = 1) -> dict[str, list[float]]:
-    """Wall seconds of each side's calls, taken in turns so that a change of the machine's load meets all sides.
+def wall_seconds(run: Callable[[], object]) -> float:
+    """Seconds of one call by the wall clock: right for the CPU, whose calls return when they are done."""
+    began = time.perf_counter()
+    run()
+    return time.perf_counter() - began
+
+
+def cuda_clock(device: torch.device, flush_bytes: int = 256 << 20) -> Clock:
+    """A clock of CUDA events for `device`, read after the call's last kernel. Before each call a buffer of `flush_bytes` is zeroed, so that
+    no call finds its inputs in the L2 cache (50 MB on H100 and H200). Not run on a GPU yet."""
+    buffer = torch.empty(flush_bytes, dtype=torch.uint8, device=device)
+
+    def seconds(run: Callable[[], object]) -> float:
+        began, ended = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+        buffer.zero_()
+        began.record()
+        run()
+        ended.record()
+        ended.synchronize()
+        return began.elapsed_time(ended) / 1e3
+
+    return seconds
+
+
+def clock_of(device: torch.device) -> Clock:
+    """The clock that is right for calls on `device`."""
+    return cuda_clock(device) if device.type == "cuda" else wall_seconds
+
+
+def interleaved(
+    sides: Mapping[str, Callable[[], object]],
+    rounds: Mapping[str, int],
+    warmup: int = 1,
+    clock: Clock = wall_seconds,
+    limit_seconds: float = math.inf,
+) -> dict[str, list[float]]:
+    """Seconds of each side's calls, taken in turns so that a change of the machine's load meets all sides.
 
     rounds: measured calls of each side; a side with fewer joins the first rounds only. warmup: unmeasured calls of the sides with more than
-    one round.
+    one round. limit_seconds: no further round begins after so many; three are made whatever they take.
     """
     for name, run in sides.items():
         for _ in range(warmup if rounds[name] > 1 else 0):
             run()
     seconds: dict[str, list[float]] = {name: [] for name in sides}
+    began = time.perf_counter()
     for turn in range(max(rounds.values())):
+        if turn >= 3 and time.perf_counter() - began > limit_seconds:
+            break
         for name, run in sides.items():
             if turn < rounds[name]:
-                began = time.perf_counter()
-                run()
-                seconds[name].append(time.perf_counter() - began)
+                seconds[name].append(clock(run))
     return seconds
 
 
@@ -61,7 +100,7 @@ def spread(values: list[float]) -> dict[str, float | int]:
 
 
 def environment(*packages: str) -> dict[str, Any]:
-    """Hardware, threads, versions of Python, torch and `packages`, commit and whether files differ from it."""
+    """Hardware, threads, versions of Python, torch and `packages`, commit and whether files differ from it. gpu: name, None without one."""
     versions = {"python": platform.python_version(), "torch": torch.__version__}
     for package in packages:
         try:
@@ -71,11 +110,38 @@ def environment(*packages: str) -> dict[str, Any]:
     return {
         "time": datetime.now(UTC).isoformat(timespec="seconds"),
         "cpu": _cpu_model(),
+        "gpu": torch.cuda.get_device_name() if torch.cuda.is_available() else None,
         "threads": torch.get_num_threads(),
         "versions": versions,
         "commit": _git("rev-parse", "--short", "HEAD"),
         "modified": bool(_git("status", "--porcelain", "--untracked-files=no")),
     }
+
+
+def reset_peak_memory(device: torch.device) -> None:
+    """Let `peak_memory` start from what is held now."""
+    if device.type == "cuda":
+        torch.cuda.reset_peak_memory_stats(device)
+        return
+    with suppress(OSError):
+        Path("/proc/self/clear_refs").write_text("5")  # Linux: the peak of the resident size starts anew
+
+
+def peak_memory(device: torch.device) -> int | None:
+    """Peak bytes since `reset_peak_memory`: of torch's tensors on a GPU, of the whole process on the CPU (None where it is unknown)."""
+    if device.type == "cuda":
+        return torch.cuda.max_memory_allocated(device)
+    try:
+        lines = Path("/proc/self/status").read_text().splitlines()
+    except OSError:
+        return None
+    return next((1024 * int(line.split()[1]) for line in lines if line.startswith("VmHWM")), None)
+
+
+def verdict(value: float, bound: float, at_least: bool) -> str:
+    """One phrase: the bound, and whether `value` keeps it."""
+    met = value >= bound if at_least else value <= bound
+    return f"{'at least' if at_least else 'at most'} {bound:g} is wanted: {'met' if met else 'NOT met'}"
 
 
 def append_row(name: str, row: Mapping[str, Any]) -> Path:
@@ -85,6 +151,12 @@ def append_row(name: str, row: Mapping[str, Any]) -> Path:
     with path.open("a") as file:
         file.write(json.dumps(row) + "\n")
     return path
+
+
+def relative_rms(actual: torch.Tensor, expected: torch.Tensor) -> float:
+    """RMS of the difference over RMS of `expected`, in float64."""
+    difference = (actual.double() - expected.double().view_as(actual)).square().mean().sqrt()
+    return float(difference / expected.double().square().mean().sqrt())
 
 
 def table(header: list[str], rows: list[list[str]]) -> str:

@@ -15,7 +15,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from benchmarks.common import append_row, environment, interleaved, model_shape, raise_allocator_thresholds, spread, table
+from benchmarks.common import append_row, environment, interleaved, model_shape, raise_allocator_thresholds, relative_rms, spread, table
 from components.models.samba import MambaMixer
 
 SHAPE = model_shape("samba", "small", "hidden_size", "state_size", "conv_kernel", "expand", "dt_rank")
@@ -37,12 +37,13 @@ def stock_mixer(ours: MambaMixer) -> nn.Module:
     )
     stock = StockMixer(config, layer_idx=0)
     with torch.no_grad():
-        for theirs, tensor in _pairs(stock, ours):
+        for theirs, tensor in pairs(stock, ours):
             theirs.copy_(tensor.view_as(theirs))
     return stock
 
 
-def _pairs(stock: nn.Module, ours: MambaMixer) -> list[tuple[Tensor, Tensor]]:
+def pairs(stock: nn.Module, ours: MambaMixer) -> list[tuple[Tensor, Tensor]]:
+    """(theirs, ours) of every parameter."""
     return [
         (stock.in_proj.weight, ours.in_proj.weight),
         (stock.conv1d.weight, ours.conv_weight),
@@ -111,20 +112,15 @@ def training_step(module: nn.Module, forward: Callable[[Tensor], Tensor], x: Ten
     return run
 
 
-def relative_rms(actual: Tensor, expected: Tensor) -> float:
-    difference = (actual.double() - expected.double().view_as(actual)).square().mean().sqrt()
-    return float(difference / expected.double().square().mean().sqrt())
-
-
 def largest_difference(
     ours: MambaMixer, stock: nn.Module, our_run: Callable[[], Tensor], their_run: Callable[[], Tensor], x: Tensor
 ) -> float:
     """Greatest relative RMS difference among the output and all gradients."""
     y, dx = our_run(), x.grad.clone()
-    grads = [tensor.grad.clone() for _, tensor in _pairs(stock, ours)]
+    grads = [tensor.grad.clone() for _, tensor in pairs(stock, ours)]
     their_y = their_run()
     errors = [relative_rms(y, their_y), relative_rms(dx, x.grad)]
-    errors += [relative_rms(grad, theirs.grad) for grad, (theirs, _) in zip(grads, _pairs(stock, ours))]
+    errors += [relative_rms(grad, theirs.grad) for grad, (theirs, _) in zip(grads, pairs(stock, ours))]
     return max(errors)
 
 

@@ -87,10 +87,12 @@ class SyntheticCorpus:
 
     weight: float | None = None
 
-    def __init__(self, kind: str, length: int, seed: int, train_documents: int, val_documents: int, loss_on: str) -> None:
-        self.name = f"synthetic {kind}, {length} characters"
+    def __init__(
+        self, kind: str, length: int, seed: int, train_documents: int, val_documents: int, loss_on: str, shortest: int | None = None
+    ) -> None:
+        self.name = f"synthetic {kind}, {'' if shortest is None else f'{shortest} to '}{length} characters"
         self.kind, self.seed = kind, seed
-        self._make, self._length = KINDS[kind][0], length
+        self._make, self._length, self._shortest = KINDS[kind][0], length, shortest
         self._wanted = (val_documents, train_documents)
         self._loss_on = loss_on
 
@@ -101,7 +103,7 @@ class SyntheticCorpus:
         held_out: dict[Probe, None] = {}
         train: list[Probe] = []
         for _ in range(MOST_TRIES * sum(self._wanted)):
-            probe = self._make(rng, self._length)
+            probe = self._make(rng, self._length if self._shortest is None else int(rng.integers(self._shortest, self._length + 1)))
             if len(held_out) < self._wanted[0]:
                 held_out[probe] = None
             elif probe not in held_out:
@@ -159,15 +161,16 @@ class ProbeBatches:
 class SyntheticData(CorpusData):
     """Probes of `kind` (needle, passkey, recall, copy, arithmetic), whole ones in a row; see CorpusData for the other arguments.
 
-    length: characters of a probe at most, null for what a row holds with one token a byte; seed: of the probes, not of the run;
-    loss_on: completion (the answer alone) or all; eval_lengths: characters of further probes,
-    `eval_documents` of each. Raises UserError for an unknown kind, and a length outside kind's least and seq_len - 1.
+    length: characters of a probe at most, null for what a row holds with one token a byte; shortest: draw every probe's length evenly from
+    here to `length`, null for `length` always; seed: of the probes, not of the run; loss_on: completion (the answer alone) or all;
+    eval_lengths: characters of further probes, `eval_documents` of each.
+    Raises UserError for an unknown kind, and a length outside kind's least and seq_len - 1.
     """
 
     whole_documents = True
 
     def __init__(
-        self, kind: str, length: int | None, train_documents: int, val_documents: int, seed: int, loss_on: str,
+        self, kind: str, length: int | None, shortest: int | None, train_documents: int, val_documents: int, seed: int, loss_on: str,
         tokenizer: Mapping[str, Any], seq_len: int, batch_size: int, eval_lengths: Sequence[int], eval_documents: int, num_workers: int,
     ) -> None:  # fmt: skip
         super().__init__(tokenizer, seq_len, batch_size, num_workers)
@@ -180,6 +183,8 @@ class SyntheticData(CorpusData):
                 f"data.length: {size}; {kind} needs from {smallest} characters to one less than data.seq_len={seq_len} (a token each, one "
                 "begins the document)"
             )
+        if shortest is not None and not smallest <= at_least("data.shortest", shortest, 1) <= size:
+            raise UserError(f"data.shortest: {shortest}; {kind} needs from {smallest} characters to data.length={size}")
         if too_short := [length for length in self.eval_lengths if length < smallest]:
             raise UserError(f"data.eval_lengths: {too_short[0]}; {kind} needs at least {smallest} characters")
         self._corpus = SyntheticCorpus(
@@ -189,6 +194,7 @@ class SyntheticData(CorpusData):
             at_least("data.train_documents", train_documents, 1),
             at_least("data.val_documents", val_documents, 1),
             choice("data.loss_on", loss_on, ("completion", "all")),
+            shortest,
         )
         self.source = self._corpus.name
 

@@ -34,7 +34,15 @@ def chat_data(path, **changes):
 
 
 def probes(kind="passkey", **changes):
-    options = {"length": None, "train_documents": 60, "val_documents": 8, "seed": 0, "loss_on": "completion", "tokenizer": BYTES}
+    options = {
+        "length": None,
+        "shortest": None,
+        "train_documents": 60,
+        "val_documents": 8,
+        "seed": 0,
+        "loss_on": "completion",
+        "tokenizer": BYTES,
+    }
     options |= {"eval_lengths": [], "eval_documents": 6}
     return SyntheticData(kind, **(options | {"seq_len": 160, "batch_size": 4, "num_workers": 0} | changes))
 
@@ -163,6 +171,9 @@ def test_a_weighted_mixture_draws_by_weight(tmp_path):
         (lambda p: probes("passkeys"), "data.kind: 'passkeys'.*did you mean 'passkey'"),
         (lambda p: probes(length=160), "data.length: 160; passkey needs from 128"),
         (lambda p: probes(seq_len=64), "data.length: 63"),
+        (lambda p: probes(shortest=100), "data.shortest: 100; passkey needs from 128 characters to data.length=159"),
+        (lambda p: probes(eval_lengths=[100]), "data.eval_lengths: 100; passkey needs at least 128"),
+        (lambda p: text_data(p, eval_lengths=[64, 64]), "data.eval_lengths: .*different whole numbers"),
         (lambda p: probes("copy", length=8, train_documents=1, val_documents=20_000), "data.val_documents: 20000; there are not so many"),
         (lambda p: StdlibData(BYTES, 32, 4, 2.0, True, [], 0), "data.val_fraction: 2.0"),
     ],
@@ -266,6 +277,16 @@ def test_probes_fit_are_answerable_and_are_held_out(kind, tmp_path):
     assert len(answers) == 8 if kind == "recall" else answers.count(".") == 8
     assert data.val_bytes == sum(len(answer) for _, answer in held_out)
     assert data.summary()["truncated"] == 0
+
+
+def test_probe_lengths_are_spread(tmp_path):
+    held_out, train = SyntheticCorpus("recall", 40, 0, 300, 20, "completion", shortest=16).probes
+    lengths = [len(prompt + answer) for prompt, answer in train]
+    assert set(lengths) == set(range(16, 41)) and 25 < sum(lengths) / 300 < 31
+    assert (
+        SyntheticCorpus("recall", 40, 0, 300, 20, "completion").fingerprint()
+        != SyntheticCorpus("recall", 40, 0, 300, 20, "completion", 16).fingerprint()
+    )
 
 
 def test_probes_follow_their_seed():

@@ -280,7 +280,7 @@ def test_probes_fit_are_answerable_and_are_held_out(kind, tmp_path):
 
 
 def test_probe_lengths_are_spread(tmp_path):
-    held_out, train = SyntheticCorpus("recall", 40, 0, 300, 20, "completion", shortest=16).probes
+    _, train = SyntheticCorpus("recall", 40, 0, 300, 20, "completion", shortest=16).probes
     lengths = [len(prompt + answer) for prompt, answer in train]
     assert set(lengths) == set(range(16, 41)) and 25 < sum(lengths) / 300 < 31
     assert (

@@ -30,6 +30,10 @@ def problems(require: Any, arms: Any) -> Iterator[str]:
             yield f"{key}: {line!r} is not a mapping with some of {', '.join(KEYS)}"
             continue
         yield from (f"{key}.{name}: unknown key{nearest(str(name), KEYS)}" for name in line if name not in KEYS)
+        words = {name: line[name] for name in ("arm", "metric", "statistic", "minus", "over") if name in line}
+        if wrong := [name for name, word in words.items() if not isinstance(word, str)]:
+            yield from (f"{key}.{name}: {words[name]!r} is not a word" for name in wrong)
+            continue
         yield from (f"{key}.{name}: no value given" for name in ("arm", "metric", "statistic") if not line.get(name))
         for name, allowed in (("arm", arms), ("over", arms), ("statistic", STATISTICS)):
             if line.get(name) and line[name] not in allowed:

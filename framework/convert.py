@@ -238,6 +238,9 @@ def new_folder(to: Path) -> Iterator[Path]:
     temporary = to.absolute().parent / f".{to.absolute().name}.{os.getpid()}.tmp"
     try:
         temporary.mkdir(parents=True)
+    except OSError as error:
+        raise UserError(f"--to: {str(to)!r} cannot be made: {error.strerror or error}") from error
+    try:
         yield temporary
         os.replace(temporary, to)
     finally:

@@ -249,11 +249,14 @@ class Session:
         baselines = self.parts.data.baselines()
         trainable, total = count_parameters(self.parts.model)
         metrics = {
-            **self.rows.last, **self.evaluations(), **{f"baseline/{name}_bits_per_byte": value for name, value in baselines.items()},
+            **self.rows.last, **{f"baseline/{name}_bits_per_byte": value for name, value in baselines.items()},
             **self.clock.totals(), "seed": self.config.seed, "step": self.trainer.global_step, "params/trainable": trainable,
             "params/total": total, "perf/peak_memory_bytes": runtime.peak_memory_bytes(),
         }  # fmt: skip
-        write_summary(self.run_dir, metrics)
+        write_summary(self.run_dir, metrics)  # nothing that was trained is lost, whatever the rest meets
+        if measured := self.evaluations():
+            metrics |= measured
+            write_summary(self.run_dir, metrics)
         loss_curve(read_rows(self.run_dir), baselines, self.run_dir / "loss.png", f"{self.config.name}: {self.run_dir.name}")
         others = ", ".join(f"{name} {value:.3f}" for name, value in baselines.items())
         bits, loss = metrics.get("val/bits_per_byte"), metrics.get("val/loss")

@@ -11,6 +11,13 @@ def expect_shape(op: str, name: str, tensor: Tensor | None, *shape: int, letters
         raise ValueError(f"{op}: {name} has shape {tuple(tensor.shape)}; expected {letters} = {shape}")
 
 
+def expect_like(op: str, like: Tensor, **tensors: Tensor | None) -> None:
+    """Raise ValueError unless every tensor is None, or floating point and on the device of `like`: some kernels read bare memory."""
+    for name, tensor in tensors.items():
+        if tensor is not None and (not tensor.is_floating_point() or tensor.device != like.device):
+            raise ValueError(f"{op}: {name} is {tensor.dtype} on {tensor.device}; expected floating point on {like.device}")
+
+
 def expect_dims(op: str, name: str, tensor: Tensor, dims: int, letters: str) -> None:
     """Raise ValueError unless `tensor` is floating point with `dims` dimensions, none of them empty."""
     if tensor.dim() != dims or not tensor.is_floating_point() or 0 in tensor.shape:

@@ -10,6 +10,7 @@ import ctypes
 import hashlib
 import os
 import platform
+import shlex
 import shutil
 import subprocess
 import tempfile
@@ -33,27 +34,30 @@ def load_library(source: Path) -> ctypes.CDLL:
     """
     with _lock:
         if source not in _loaded:
-            _loaded[source] = _build(source)
+            try:
+                _loaded[source] = _build(source)
+            except OSError as error:
+                raise ImportError(f"{source.name} cannot be compiled: {error}") from error
         return _loaded[source]
 
 
-def compiler() -> str:
-    """Path of the C compiler: $CC, else cc, gcc or clang. Raises ImportError when there is none."""
+def compiler() -> list[str]:
+    """Words that call the C compiler: $CC (flags and wrappers may be in it), else cc, gcc or clang. Raises ImportError without one."""
     asked = os.environ.get("CC")
-    for name in [asked] if asked else ["cc", "gcc", "clang"]:
-        if found := shutil.which(name):
-            return found
+    for words in [shlex.split(asked)] if asked else [["cc"], ["gcc"], ["clang"]]:
+        if words and (found := shutil.which(words[0])):
+            return [found, *words[1:]]
     raise ImportError(f"no C compiler: $CC={asked} is not a program" if asked else "no C compiler: install gcc, or set CC")
 
 
 def cache_folder() -> Path:
     """The folder of compiled files; made when it is not there."""
-    folder = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "patchbay"
     try:
+        folder = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "patchbay"
         folder.mkdir(parents=True, exist_ok=True)
         with tempfile.TemporaryFile(dir=folder):
             return folder
-    except OSError:
+    except (OSError, RuntimeError):  # RuntimeError: this user has no home
         return Path(tempfile.mkdtemp(prefix="patchbay-"))
 
 
@@ -70,17 +74,17 @@ def _build(source: Path) -> ctypes.CDLL:
                 return ctypes.CDLL(str(target))
             except OSError as error:  # an undefined symbol: this threading runtime is not here
                 problem = str(error)
-    raise ImportError(f"{program} cannot build {source.name}: {problem}")
+    raise ImportError(f"{shlex.join(program)} cannot build {source.name}: {problem}")
 
 
-def _compile(program: str, flags: list[str], libraries: list[str], source: Path, target: Path) -> str:
+def _compile(program: list[str], flags: list[str], libraries: list[str], source: Path, target: Path) -> str:
     """Compile to a name of this process' own, then rename, so that nobody ever loads half a file. Returns the error, '' for none."""
     with tempfile.TemporaryDirectory(dir=target.parent) as folder:
         middle, result = f"{folder}/{source.stem}.o", f"{folder}/{source.stem}.so"
         # two steps: with -fopenmp at the link, the compiler's own runtime would be bound
         for step in ([*flags, "-c", str(source), "-o", middle], ["-shared", middle, "-o", result, *libraries]):
             try:
-                done = subprocess.run([program, *step], capture_output=True, text=True, timeout=120)
+                done = subprocess.run([*program, *step], capture_output=True, text=True, timeout=120)
             except (OSError, subprocess.TimeoutExpired) as error:
                 return str(error)
             if done.returncode:
@@ -89,9 +93,9 @@ def _compile(program: str, flags: list[str], libraries: list[str], source: Path,
     return ""
 
 
-def _fingerprint(source: Path, program: str, flags: list[str]) -> str:
-    version = subprocess.run([program, "--version"], capture_output=True, text=True).stdout
-    parts = [source.read_text(), os.path.realpath(program), version, *flags, platform.machine(), _instruction_sets()]
+def _fingerprint(source: Path, program: list[str], flags: list[str]) -> str:
+    version = subprocess.run([*program, "--version"], capture_output=True, text=True).stdout
+    parts = [source.read_text(), os.path.realpath(program[0]), *program[1:], version, *flags, platform.machine(), _instruction_sets()]
     return hashlib.sha256("\0".join(parts).encode()).hexdigest()[:20]
 
 

@@ -86,7 +86,8 @@ def _load(op: str, kind: str, backend: str) -> ModuleType:
         try:
             module = import_module(f"kernels.{op}.{MODULES[name]}")
         except ImportError as error:
-            warnings.warn(f"kernels.{op} on {kind}: backend {name} cannot be loaded ({error}); a slower one runs", stacklevel=4)
+            line = f"kernels.{op} on {kind}: backend {name} cannot be loaded ({error}); a slower one runs"
+            warnings.warn_explicit(line, UserWarning, "patchbay", 0)  # no source line of ours after it
             continue
         _log.info("kernels.%s on %s: %s", op, kind, name)
         return module

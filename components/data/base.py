@@ -76,6 +76,7 @@ class CorpusData:
             raise UserError(
                 f"data: {self.source} is too short to hold anything out of it; give more text, or held-out text of its own (data.val_path)"
             )
+        self.evaluations()  # what cannot be measured at the end of a run is refused before its beginning
         weights = [corpus.weight for corpus in corpora if corpus.weight is not None]
         self._weights = weights if len(weights) == len(corpora) else None
 

@@ -212,8 +212,10 @@ def mamba_sizes(tensors: Tensors, prefix: str, hidden_size: int) -> dict[str, in
 
 def heads(num_heads: int, query_size: int, kv_size: int) -> dict[str, int]:
     """Sizes of grouped-query attention with `num_heads` query heads, from the rows of all its queries and of all its keys."""
+    if not isinstance(num_heads, int) or num_heads < 1:
+        raise UserError(f"model.num_heads: {num_heads!r}; allowed is a whole number of at least 1")
     size, rest = divmod(query_size, num_heads)
-    if num_heads < 1 or rest or size == 0 or kv_size % size:
+    if rest or size == 0 or kv_size % size:
         raise UserError(f"model.num_heads: {num_heads} does not fit {query_size} rows of queries and {kv_size} of keys")
     return {"num_heads": num_heads, "num_kv_heads": kv_size // size, "head_dim": size}
 
@@ -248,6 +250,8 @@ def period(values: Sequence[Any]) -> list[Any]:
 def kinds(config: Config) -> list[str]:
     """Mixer of every layer."""
     pattern = config["layer_pattern"]
+    if not isinstance(pattern, list) or not pattern or not all(isinstance(kind, str) for kind in pattern):
+        raise UserError(f"model.layer_pattern: {pattern!r}; allowed is a list of mixers, such as [mamba, attention]")
     return [pattern[i % len(pattern)] for i in range(config["num_layers"])]
 
 

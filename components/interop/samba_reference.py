@@ -97,7 +97,10 @@ def to_samba(state: Tensors, config: Config) -> Tensors:
     if config["position"] == "rope":
         only(WHAT, "rope_theta", config["rope_theta"], config["rope_theta"] == 10000.0, "has rotary positions of base 10000")
     only(WHAT, "norm_eps", config["norm_eps"], config["norm_eps"] == 1e-5, "has norms of eps 1e-5")
-    if set(kinds(config)) != {"mamba"}:
+    mixers = kinds(config)
+    whole = "full_attention" in mixers and (config["window"] is not None or "attention" in mixers)
+    only(WHAT, "layer_pattern", config["layer_pattern"], not whole, "has one window for all layers that attend")
+    if set(mixers) != {"mamba"}:
         fits = config["num_heads"] * config["head_dim"] == config["hidden_size"]
         only(WHAT, "head_dim", config["head_dim"], fits, "has heads of hidden_size / num_heads dims")
     return undo(state, config)
@@ -139,7 +142,7 @@ def infer(tensors: Tensors, about: Config, given: Config) -> dict[str, Any]:
         ask(given, ("num_heads", "window"), HINT + name)
         layer = f"{LAYERS}{mixers.index('attention')}.attn."
         fused, queries = need(tensors, f"{layer}attn.weight").shape[0], need(tensors, f"{layer}proj.weight").shape[1]
-        numbers |= heads(int(given["num_heads"]), queries, (fused - queries) // 2) | {"position": "rope", "rope_theta": 10000.0}
+        numbers |= heads(given["num_heads"], queries, (fused - queries) // 2) | {"position": "rope", "rope_theta": 10000.0}
     else:
         numbers |= no_attention(width)
     return numbers | dict(given)

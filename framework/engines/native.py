@@ -67,7 +67,7 @@ class NativeEngine:
         max_batch: int = 16,
         prefill_chunk: int = 1024,
         dtype: Literal["float32", "bfloat16"] = "float32",
-        static_steps: Literal["auto", "always", "never"] = "auto",
+        static_steps: Literal["auto", "always", "never"] = "never",
     ) -> None:
         for key, value in (("max_batch", max_batch), ("prefill_chunk", prefill_chunk)):
             if value < 1:

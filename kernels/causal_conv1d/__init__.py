@@ -6,7 +6,7 @@ from typing import Literal
 
 from torch import Tensor
 
-from kernels.checks import expect_bool, expect_dims, expect_shape
+from kernels.checks import expect_bool, expect_dims, expect_like, expect_shape
 from kernels.dispatch import pick
 
 __all__ = ["causal_conv1d"]
@@ -47,6 +47,7 @@ def causal_conv1d(
     expect_shape(op, "initial_state", initial_state, batch, width - 1, dim, letters="(B, W-1, D)")
     expect_shape(op, "document_start", document_start, batch, length, letters="(B, L)")
     expect_bool(op, "document_start", document_start)
+    expect_like(op, x, weight=weight, bias=bias, initial_state=initial_state)
     if activation not in (None, "silu"):
         raise ValueError(f"{op}: activation is {activation!r}; allowed are 'silu' and None")
     return pick(op, x.device).causal_conv1d(x, weight, bias, activation, initial_state, document_start)

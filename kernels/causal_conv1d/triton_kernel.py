@@ -6,7 +6,6 @@ afterwards, in one order: no atomics, the same bits every time. float64 inputs r
 
 from __future__ import annotations
 
-from contextlib import nullcontext
 from typing import Any
 
 import torch
@@ -16,6 +15,7 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from kernels.causal_conv1d import eager
+from kernels.launch import on_device_of
 
 _LOG2E = tl.constexpr(1.4426950408889634)
 
@@ -191,11 +191,6 @@ _FORWARD_TIME, _BACKWARD_TIME, _CHANNELS, _WARPS = 16, 8, 64, 4
 _ROUNDS = 16  # tiles of the backward that share one partial sum of the taps' gradients: 128 positions
 
 
-def _on(tensor: Tensor) -> Any:
-    """Triton launches on the current device, which need not be the tensor's."""
-    return torch.cuda.device(tensor.device) if tensor.is_cuda else nullcontext()
-
-
 def _rows(tensor: Tensor) -> Tensor:
     """(B, L, D) with contiguous channels; sequences and positions may have any stride, as the halves of a projection have."""
     return tensor if tensor.stride(2) == 1 else tensor.contiguous()
@@ -222,7 +217,7 @@ def _forward(
     time, channels = _at_most(_FORWARD_TIME, length), _at_most(_CHANNELS, dim)
     tiles, spans = triton.cdiv(dim, channels), triton.cdiv(length, time)
     y, state = (torch.empty((batch, rows, dim), dtype=x.dtype, device=x.device) for rows in (length, width - 1))
-    with _on(x):
+    with on_device_of(x):
         _forward_kernel[(batch * tiles * spans,)](
             x, weight.contiguous(), _dense(bias), _dense(history), _flags(start), y, state, length, dim, tiles, spans,
             x.stride(0), x.stride(1), W=width, BT=time, BD=channels, SILU=silu, num_warps=_WARPS, enable_fp_fusion=True,
@@ -253,7 +248,7 @@ class _CausalConv(torch.autograd.Function):
         dhistory = None if history is None else history.new_empty(batch, width - 1, dim)
         dweight = torch.empty((batch * spans, width, dim), dtype=torch.float32, device=x.device)
         dbias = None if bias is None else dweight.new_empty(batch * spans, dim)
-        with _on(x):
+        with on_device_of(x):
             _backward_kernel[(batch * tiles * spans,)](
                 x, weight.contiguous(), _dense(bias), _dense(history), _flags(start), dy, dstate.contiguous(), dx, dhistory, dweight, dbias,
                 length, dim, tiles, spans, x.stride(0), x.stride(1), dy.stride(0), dy.stride(1),

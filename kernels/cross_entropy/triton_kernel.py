@@ -17,6 +17,7 @@ import triton.language as tl
 from torch import Tensor
 
 from kernels.cross_entropy import eager
+from kernels.launch import on_device
 
 _BLOCK = 4096  # logits at a time within a row
 _LOG2E = tl.constexpr(math.log2(math.e))
@@ -64,6 +65,7 @@ class _TritonChunks(eager.Chunks):
         return nll, logits if gradient else None
 
 
+@on_device
 def linear_cross_entropy(
     hidden: Tensor, weight: Tensor, labels: Tensor, ignore_index: int = -100, reduction: str = "sum", chunk_tokens: int | None = None
 ) -> Tensor:

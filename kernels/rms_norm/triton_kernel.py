@@ -17,6 +17,7 @@ import triton.language as tl
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
+from kernels.launch import on_device
 from kernels.rms_norm import eager
 
 _ELEMENTS = 2048  # of a tile: several short rows share a program
@@ -142,6 +143,7 @@ class _Norm(torch.autograd.Function):
         return dx, None if residual_dtype is None else dresidual, dweight, None
 
 
+@on_device
 def rms_norm(x: Tensor, weight: Tensor, eps: float = 1e-5) -> Tensor:
     """See `kernels.rms_norm.rms_norm`."""
     if x.dtype == torch.float64:
@@ -149,6 +151,7 @@ def rms_norm(x: Tensor, weight: Tensor, eps: float = 1e-5) -> Tensor:
     return _Norm.apply(x, None, weight, eps)[0]
 
 
+@on_device
 def add_rms_norm(x: Tensor, residual: Tensor, weight: Tensor, eps: float = 1e-5) -> tuple[Tensor, Tensor]:
     """See `kernels.rms_norm.add_rms_norm`."""
     if torch.float64 in (x.dtype, residual.dtype):

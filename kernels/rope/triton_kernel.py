@@ -13,6 +13,7 @@ import triton.language as tl
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
+from kernels.launch import on_device
 from kernels.rope import eager
 
 _ELEMENTS = 2048  # of a tile: half of the turning dimensions at some positions
@@ -79,6 +80,7 @@ class _Rope(torch.autograd.Function):
         return _rotate(dout, cos, sin, back=True), None, None
 
 
+@on_device
 def apply_rope(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
     """See `kernels.rope.apply_rope`. float64 runs in eager; float64 tables of other inputs are rounded to float32."""
     if x.dtype == torch.float64 or not cos.shape[2]:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from kernels.checks import expect_bool, expect_dims, expect_shape
+from kernels.checks import expect_bool, expect_dims, expect_like, expect_shape
 from kernels.dispatch import pick
 
 __all__ = ["selective_scan"]
@@ -61,6 +61,7 @@ def selective_scan(
     expect_shape(op, "initial_state", initial_state, batch, dim, states, letters="(B, D, N)")
     expect_shape(op, "document_start", document_start, batch, length, letters="(B, L)")
     expect_bool(op, "document_start", document_start)
+    expect_like(op, u, dt=dt, A=A, B=B, C=C, D=D, z=z, dt_bias=dt_bias, initial_state=initial_state)
     if torch.compiler.is_compiling():
         # An opaque call: tracing would unroll the loop over time into thousands of nodes.
         return torch.compiler.disable(_run)(u, dt, A, B, C, D, z, dt_bias, dt_softplus, initial_state, document_start)

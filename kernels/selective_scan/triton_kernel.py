@@ -12,7 +12,6 @@ float64 inputs run in eager.py: they serve as a check.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from contextlib import nullcontext
 from typing import Any
 
 import torch
@@ -20,6 +19,7 @@ import triton
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
+from kernels.launch import on_device_of
 from kernels.selective_scan import eager
 from kernels.selective_scan._triton_backward import backward_kernel
 from kernels.selective_scan._triton_forward import forward_kernel
@@ -38,11 +38,6 @@ def _tile(states: int) -> tuple[int, int]:
     """N padded to a power of two, and channels a tile."""
     padded = triton.next_power_of_2(states)
     return padded, max(1, min(64, _TILE_ELEMENTS // padded))
-
-
-def _on(tensor: Tensor) -> Any:
-    """Triton launches on the current device, which need not be the tensor's."""
-    return torch.cuda.device(tensor.device) if tensor.is_cuda else nullcontext()
 
 
 def _rows(tensor: Tensor) -> Tensor:
@@ -77,7 +72,7 @@ def _forward(arguments: Sequence[Tensor | None], softplus: bool, keep: bool) -> 
     final = torch.empty((batch, dim, states), dtype=torch.float32, device=u.device)
     saved = final.new_empty(batch, triton.cdiv(length, kept), dim, states) if keep else None
     tiles = triton.cdiv(dim, channels)
-    with _on(u):
+    with on_device_of(u):
         forward_kernel[(batch * tiles,)](
             u, dt, A, B, C, D, z, bias, h0, start, y, final, saved, length, dim, tiles, *_strides(u, dt, B, C, z),
             N=states, NP=padded, BD=channels, STEPS=min(_STEPS, triton.next_power_of_2(length)), KEPT=kept, SOFTPLUS=softplus,
@@ -108,7 +103,7 @@ class _Scan(torch.autograd.Function):
         dA, dh0 = saved.new_empty(batch, dim, states), None if h0 is None else saved.new_empty(batch, dim, states)
         dB, dC = (saved.new_empty(tiles, batch, length, states) for _ in range(2))
         dD, dbias = (None if x is None else saved.new_empty(batch, dim) for x in (D, bias))
-        with _on(u):
+        with on_device_of(u):
             backward_kernel[(batch * tiles,)](
                 u, dt, A, B, C, D, z, bias, start, saved, dy, dfinal, du, ddt, dA, dB, dC, dD, dz, dbias, dh0, length, dim, tiles,
                 *_strides(u, dt, B, C, z, dy),

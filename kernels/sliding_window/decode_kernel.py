@@ -16,6 +16,7 @@ import triton.language as tl
 from torch import Tensor
 from triton import knobs
 
+from kernels.launch import on_device
 from kernels.sliding_window import eager
 
 _INTERPRETED = knobs.runtime.interpret
@@ -94,6 +95,7 @@ def _splits(slots: int, programs: int, device: torch.device) -> int:
     return max(1, min(triton.cdiv(_PROGRAMS * processors, programs), slots // _SPLIT_SLOTS, 64))
 
 
+@on_device
 def cached_attention(
     q: Tensor,
     k: Tensor,

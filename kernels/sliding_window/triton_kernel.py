@@ -24,6 +24,7 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 from triton import knobs
 
+from kernels.launch import on_device
 from kernels.sliding_window import eager
 from kernels.sliding_window.decode_kernel import cached_attention
 
@@ -347,6 +348,7 @@ def _torch_serves(device_type: str, dtype: torch.dtype, length: int, window: int
     return whole and device_type == "cuda" and dtype in (torch.bfloat16, torch.float16)
 
 
+@on_device
 def attention(
     q: Tensor, k: Tensor, v: Tensor, window: int | None = None, segment_ids: Tensor | None = None, scale: float | None = None
 ) -> Tensor:

@@ -13,6 +13,7 @@ import triton.language as tl
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
+from kernels.launch import on_device
 from kernels.swiglu import eager
 
 _ELEMENTS = 1024  # of a tile
@@ -78,6 +79,7 @@ class _SwiGLU(torch.autograd.Function):
         return dgate, dup
 
 
+@on_device
 def swiglu(gate: Tensor, up: Tensor) -> Tensor:
     """See `kernels.swiglu.swiglu`. float64 runs in eager."""
     if gate.dtype == torch.float64:

@@ -89,6 +89,8 @@ def test_the_command_prints_every_bound(tmp_path, capsys):
         ({**BELOW, "atmost": 3}, "claim.require[0].atmost: unknown key; did you mean 'at_most'?"),
         ({"arm": "new", "at_most": 1}, "claim.require[0].metric: no value given"),
         (3, "claim.require[0]: 3 is not a mapping"),
+        ({**BELOW, "statistic": ["min"]}, "claim.require[0].statistic: ['min'] is not a word"),
+        ({**BELOW, "over": None}, "claim.require[0].over: None is not a word"),
     ],
 )
 def test_bad_lines(line, message):

@@ -53,9 +53,10 @@ def test_without_a_document_mask_a_row_is_one_text(tmp_path):
             assert (batch.input_ids == data.tokenizer.eot_id).sum() > 4  # rows do hold several documents
 
 
-def test_longer_than_the_held_out_text_is_one_line(tmp_path):
+def test_longer_than_the_held_out_text_is_one_line_before_anything_is_trained(tmp_path):
     with pytest.raises(UserError, match=r"data\.eval_lengths: 400; the held-out text has only 30\d tokens"):
         train(config(tmp_path, "data.eval_lengths=[400]"), tmp_path / "run")
+    assert not (tmp_path / "run").exists()
 
 
 def test_probe_batches_ask_for_the_answer_alone():

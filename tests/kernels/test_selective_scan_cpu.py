@@ -166,8 +166,38 @@ def python(**environment):
 def test_without_a_compiler_torch_runs_and_says_so(tmp_path):
     done = python(CC="no-such-compiler", XDG_CACHE_HOME=str(tmp_path))
     assert done.returncode == 0 and "tensor" in done.stdout
-    lines = [line for line in done.stderr.splitlines() if "kernels.selective_scan" in line]
-    assert len(lines) == 1 and "no C compiler" in lines[0] and "a slower one runs" in lines[0]
+    (line,) = done.stderr.splitlines()
+    assert "kernels.selective_scan on cpu: backend cpu" in line and "no C compiler" in line and "a slower one runs" in line
+
+
+def test_the_compiler_may_come_with_flags_or_not_at_all(monkeypatch):
+    monkeypatch.setenv("CC", "gcc -O2")
+    assert compile_c.compiler()[1:] == ["-O2"]
+    monkeypatch.setenv("CC", "")
+    monkeypatch.setenv("PATH", "")
+    with pytest.raises(ImportError, match="no C compiler: install gcc"):
+        compile_c.compiler()
+
+
+def test_a_user_without_a_home_compiles_all_the_same(monkeypatch):
+    def no_home():
+        raise RuntimeError("Could not determine home directory.")
+
+    monkeypatch.delenv("XDG_CACHE_HOME", raising=False)
+    monkeypatch.setattr(compile_c.Path, "home", no_home)
+    folder = compile_c.cache_folder()
+    assert folder.is_dir()
+    folder.rmdir()
+
+
+@pytest.mark.parametrize(
+    ("name", "change"), [("B", lambda t: t.to("meta")), ("dt", lambda t: t.to(torch.complex64)), ("z", lambda t: t.long())]
+)
+def test_tensors_that_the_kernel_cannot_read_are_refused(name, change):
+    inputs, _ = make(1, 3, 4, 2, dtype=torch.float32)
+    inputs[name] = change(inputs[name])
+    with pytest.raises(ValueError, match=rf"selective_scan: {name} is torch\.\w+ on \w+; expected floating point on cpu"):
+        selective_scan(**inputs, dt_softplus=True)
 
 
 def test_compiled_once_and_kept(tmp_path):

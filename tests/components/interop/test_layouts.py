@@ -145,6 +145,23 @@ def test_what_cannot_be_inferred_is_asked_for_at_once():
     refused(lambda: layouts()["fla"].infer(fla_checkpoint(), {}, {"window": 7}), "model.num_heads: not stored")
 
 
+@pytest.mark.parametrize("bad", [0, -1, "abc", None, 2.0])
+def test_a_number_of_heads_that_is_none_is_one_line(bad):
+    infer = layouts()["samba"].infer
+    refused(lambda: infer(reference_checkpoint(), {}, {"num_heads": bad, "window": 7}), f"model.num_heads: {bad!r}; allowed is a whole number")
+
+
+def test_full_attention_beside_a_window_cannot_be_written_for_the_reference():
+    """It has one window for all layers: read back, such a layer would see the window alone."""
+    to_samba = layouts()["samba"].to_foreign
+    for pattern, window in ((["mamba", "full_attention"], 7), (["attention", "full_attention"], None)):
+        numbers = config(layer_pattern=pattern, window=window)
+        refused(lambda n=numbers: to_samba(model(n).state_dict(), n), "model.layer_pattern", "one window for all layers that attend")
+    numbers = config(layer_pattern=["mamba", "full_attention"], window=None)
+    assert to_samba(model(numbers).state_dict(), numbers)
+    refused(lambda: to_samba({}, config(layer_pattern=3)), "model.layer_pattern: 3")
+
+
 def test_a_config_of_another_model_is_refused():
     f, infer = fla_checkpoint(), layouts()["fla"].infer
     attn = {"num_heads": 4, "window_size": 7}

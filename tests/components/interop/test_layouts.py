@@ -148,7 +148,8 @@ def test_what_cannot_be_inferred_is_asked_for_at_once():
 @pytest.mark.parametrize("bad", [0, -1, "abc", None, 2.0])
 def test_a_number_of_heads_that_is_none_is_one_line(bad):
     infer = layouts()["samba"].infer
-    refused(lambda: infer(reference_checkpoint(), {}, {"num_heads": bad, "window": 7}), f"model.num_heads: {bad!r}; allowed is a whole number")
+    given = {"num_heads": bad, "window": 7}
+    refused(lambda: infer(reference_checkpoint(), {}, given), f"model.num_heads: {bad!r}; allowed is a whole number")
 
 
 def test_full_attention_beside_a_window_cannot_be_written_for_the_reference():

@@ -18,6 +18,11 @@ def on_device_of(tensor: Tensor) -> Any:
     return torch.cuda.device(tensor.device) if tensor.is_cuda else nullcontext()
 
 
+def dense_channels(tensor: Tensor) -> Tensor:
+    """(B, L, .) with its last dimension contiguous; rows and positions may have any stride, as the halves of a projection have."""
+    return tensor if tensor.stride(2) == 1 else tensor.contiguous()
+
+
 def on_device(function: Function) -> Function:
     """Run `function` with the device of its first argument, a tensor, as the current one. Autograd does so for a backward by itself."""
 

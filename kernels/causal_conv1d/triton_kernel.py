@@ -15,7 +15,7 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from kernels.causal_conv1d import eager
-from kernels.launch import on_device_of
+from kernels.launch import dense_channels, on_device_of
 
 _LOG2E = tl.constexpr(1.4426950408889634)
 
@@ -191,11 +191,6 @@ _FORWARD_TIME, _BACKWARD_TIME, _CHANNELS, _WARPS = 16, 8, 64, 4
 _ROUNDS = 16  # tiles of the backward that share one partial sum of the taps' gradients: 128 positions
 
 
-def _rows(tensor: Tensor) -> Tensor:
-    """(B, L, D) with contiguous channels; sequences and positions may have any stride, as the halves of a projection have."""
-    return tensor if tensor.stride(2) == 1 else tensor.contiguous()
-
-
 def _dense(tensor: Tensor | None) -> Tensor | None:
     return None if tensor is None else tensor.contiguous()
 
@@ -211,7 +206,7 @@ def _at_most(size: int, needed: int) -> int:
 def _forward(
     x: Tensor, weight: Tensor, bias: Tensor | None, silu: bool, history: Tensor | None, start: Tensor | None
 ) -> tuple[Tensor, Tensor]:
-    x = _rows(x)
+    x = dense_channels(x)
     batch, length, dim = x.shape
     width = weight.shape[1]
     time, channels = _at_most(_FORWARD_TIME, length), _at_most(_CHANNELS, dim)
@@ -238,7 +233,7 @@ class _CausalConv(torch.autograd.Function):
     @once_differentiable
     def backward(ctx: Any, dy: Tensor, dstate: Tensor) -> tuple[Tensor | None, ...]:
         x, weight, bias, history, start = ctx.saved_tensors
-        x, dy = _rows(x), _rows(dy)
+        x, dy = dense_channels(x), dense_channels(dy)
         batch, length, dim = x.shape
         width = weight.shape[1]
         time, channels = _at_most(_BACKWARD_TIME, length), _at_most(_CHANNELS, dim)

@@ -19,7 +19,7 @@ import triton
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from kernels.launch import on_device_of
+from kernels.launch import dense_channels, on_device_of
 from kernels.selective_scan import eager
 from kernels.selective_scan._triton_backward import backward_kernel
 from kernels.selective_scan._triton_forward import forward_kernel
@@ -40,11 +40,6 @@ def _tile(states: int) -> tuple[int, int]:
     return padded, max(1, min(64, _TILE_ELEMENTS // padded))
 
 
-def _rows(tensor: Tensor) -> Tensor:
-    """(B, L, .) with its last dimension contiguous; sequences and steps may have any stride, as the halves of a projection have."""
-    return tensor if tensor.stride(2) == 1 else tensor.contiguous()
-
-
 def _inputs(
     u: Tensor, dt: Tensor, A: Tensor, B: Tensor, C: Tensor, D: Tensor | None, z: Tensor | None, bias: Tensor | None,
     h0: Tensor | None, start: Tensor | None,
@@ -54,7 +49,18 @@ def _inputs(
         B, C = B.float(), C.float()
     D, bias, h0 = (None if x is None else x.contiguous() for x in (D, bias, h0))
     flags = None if start is None else start.contiguous().view(torch.uint8)
-    return _rows(u), _rows(dt), A.contiguous(), _rows(B), _rows(C), D, None if z is None else _rows(z), bias, h0, flags
+    return (
+        dense_channels(u),
+        dense_channels(dt),
+        A.contiguous(),
+        dense_channels(B),
+        dense_channels(C),
+        D,
+        None if z is None else dense_channels(z),
+        bias,
+        h0,
+        flags,
+    )
 
 
 def _strides(*tensors: Tensor | None) -> list[int]:
@@ -98,7 +104,7 @@ class _Scan(torch.autograd.Function):
         states = A.shape[1]
         padded, channels = _tile(states)
         tiles = triton.cdiv(dim, channels)
-        dy, dfinal = _rows(dy), dfinal.contiguous()
+        dy, dfinal = dense_channels(dy), dfinal.contiguous()
         du, ddt, dz = (None if x is None else x.new_empty(batch, length, dim) for x in (u, dt, z))
         dA, dh0 = saved.new_empty(batch, dim, states), None if h0 is None else saved.new_empty(batch, dim, states)
         dB, dC = (saved.new_empty(tiles, batch, length, states) for _ in range(2))

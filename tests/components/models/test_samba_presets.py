@@ -80,17 +80,17 @@ ROWS = [
     ("1b3", "base", 36, 1_330_207_488, "1.3B"),
     ("1b7", "base", 48, 1_742_194_688, "1.7B"),
     ("3b8", "base", 64, 3_864_275_712, "3.8B"),
-    # The paper has 400M and 1.3B here. 8 and 12 blocks of three sublayers are those of its table (24 and 36) with the width and MLP of
-    # Samba, and the released code has no configuration of this row; untied it would be 444M and 1.313B.
-    ("421m", "mamba_swa_mlp", 24, 394_999_296, "394M"),
-    ("1b3", "mamba_swa_mlp", 36, 1_239_397_632, "1.2B"),
+    # The paper has 400M and 1.3B here, so nothing is compared. 8 and 12 blocks of three sublayers are those of its table (24 and 36) with
+    # the width and MLP of Samba, and the released code has no configuration of this row; untied it would be 444M and 1.313B.
+    ("421m", "mamba_swa_mlp", 24, 394_999_296, None),
+    ("1b3", "mamba_swa_mlp", 36, 1_239_397_632, None),
     # The paper's table of heads gives no sizes.
-    ("421m", "heads_12_1", 24, 424_152_576, "424M"),
-    ("421m", "heads_12_2", 24, 426_511_872, "426M"),
-    ("421m", "heads_12_4", 24, 431_230_464, "431M"),
-    ("421m", "heads_6_1", 24, 426_511_872, "426M"),
-    ("421m", "swa_heads_12_1", 24, 414_488_064, "414M"),
-    ("421m", "swa_heads_6_1", 24, 419_206_656, "419M"),
+    ("421m", "heads_12_1", 24, 424_152_576, None),
+    ("421m", "heads_12_2", 24, 426_511_872, None),
+    ("421m", "heads_12_4", 24, 431_230_464, None),
+    ("421m", "heads_6_1", 24, 426_511_872, None),
+    ("421m", "swa_heads_12_1", 24, 414_488_064, None),
+    ("421m", "swa_heads_6_1", 24, 419_206_656, None),
 ]
 
 
@@ -98,8 +98,9 @@ ROWS = [
 def test_rows_of_the_tables(size, name, depth, parameters, paper):
     model = on_meta(size, name)
     assert count(model) == parameters and sublayers(model) == depth
-    unit = {"M": 1e6, "B": 1e8}[paper[-1]]
-    assert math.floor(parameters / unit) == int(paper[:-1].replace(".", ""))
+    if paper is not None:
+        unit = {"M": 1e6, "B": 1e8}[paper[-1]]
+        assert math.floor(parameters / unit) == int(paper[:-1].replace(".", ""))
 
 
 @pytest.mark.parametrize(("heads", "groups", "size"), [(12, 1, 128), (12, 2, 128), (12, 4, 128), (6, 1, 256)])

@@ -10,11 +10,12 @@ from kernels.dispatch import pick
 __all__ = ["apply_rope", "rope_tables"]
 
 
-def rope_tables(position_ids: Tensor, inv_freq: Tensor, attention_factor: float = 1.0) -> tuple[Tensor, Tensor]:
+def rope_tables(position_ids: Tensor, inv_freq: Tensor, attention_factor: float | Tensor = 1.0) -> tuple[Tensor, Tensor]:
     """cos and sin of position * inv_freq, both times `attention_factor`.
 
     Angles are float64: at position 1e6 a float32 angle has a spacing of 0.06 rad.
     Args: position_ids (B or 1, T) integer. inv_freq (R/2,), any float dtype; or (B, R/2) for frequencies that differ between rows.
+        attention_factor: a number, or (B, 1, 1) float64.
     Returns: cos, sin (B, T, R/2) float32.
     """
     if position_ids.dim() != 2 or position_ids.is_floating_point():

@@ -11,6 +11,8 @@ import torch
 def _poisoned(original):
     def fresh(*args, **kwargs):
         tensor = original(*args, **kwargs)
+        if torch.compiler.is_compiling():  # a trace cannot look at frames, and its result is compared with the poisoned one
+            return tensor
         caller = sys._getframe(1).f_globals.get("__name__", "")
         if caller.startswith("kernels.") and tensor.is_floating_point():
             tensor.fill_(float("nan"))

@@ -14,7 +14,7 @@ from kernels import dispatch
 from kernels.dispatch import available, force, pick
 from kernels.rms_norm import rms_norm
 
-OPS = ("selective_scan", "causal_conv1d", "sliding_window", "rope", "cross_entropy", "rms_norm", "swiglu")
+OPS = ("selective_scan", "causal_conv1d", "sliding_window", "rope", "cross_entropy", "rms_norm", "swiglu", "newton_schulz", "orthonormal")
 
 
 @pytest.fixture(autouse=True)

@@ -35,6 +35,6 @@ def adamw(
     can_fuse = all(p.parameter.is_floating_point() and p.parameter.device.type in ("cpu", "cuda") for p in parameters)
     if fused and not can_fuse:
         raise UserError("optimizer.fused: true; every parameter must be floating point and on a CPU or a CUDA device; set it to null")
-    settings = {"lr": float(lr), "weight_decay": float(weight_decay), "state_bytes": STATE_BYTES}
+    settings = {"lr": float(lr), "weight_decay": float(weight_decay), "bytes_per_element": STATE_BYTES}
     groups = build_groups(parameters, {"adamw": settings}, lambda _: "adamw", no_decay_roles, overrides)
     return torch.optim.AdamW(groups, lr=lr, betas=betas, eps=eps, weight_decay=weight_decay, fused=can_fuse if fused is None else fused)

@@ -58,10 +58,10 @@ def build_groups(
 ) -> list[dict[str, Any]]:
     """Sort parameters into groups of equal treatment.
 
-    kinds: settings of a group by kind; each needs `lr`, `weight_decay` and `state_bytes` (optimizer state per element, for the table).
+    kinds: settings of a group by kind; each needs `lr` and `weight_decay`.
     kind_of: the kind that a parameter gets when the user says nothing.
     overrides: {regex: {lr, weight_decay, kind}}; the regex must match the whole parameter name; a later pattern wins over an earlier one.
-    Returns torch param groups with the keys name, kind, roles, parameter_names, lr, weight_decay, state_bytes and the kind's own.
+    Returns torch param groups with the keys name, kind, roles, parameter_names, lr, weight_decay and the kind's own.
     Raises UserError for a pattern that is no regex or matches nothing, an unknown override key or kind, or a negative number.
     """
     names = [p.name for p in parameters]
@@ -93,9 +93,10 @@ def build_groups(
 def describe(optimizer: torch.optim.Optimizer) -> list[dict[str, Any]]:
     """One row a group for the table printed before step 0.
 
-    Keys: name, kind, roles (comma separated), tensors, parameters, lr (the peak, before any schedule), weight_decay,
-    state_bytes_per_parameter (what the state takes once the first step has made it).
+    Keys: name, kind, roles (comma separated), tensors, parameters, lr (the peak, before any schedule), weight_decay, state_bytes (what the
+    state takes once the first step has made it; "?" where the optimizer does not say).
     """
+    of_group: Callable[[Mapping[str, Any]], Any] = getattr(optimizer, "state_bytes", lambda group: _elementwise_bytes(group))
     return [
         {
             "name": group["name"],
@@ -105,10 +106,17 @@ def describe(optimizer: torch.optim.Optimizer) -> list[dict[str, Any]]:
             "parameters": sum(p.numel() for p in group["params"]),
             "lr": float(group.get("initial_lr", group["lr"])),
             "weight_decay": float(group.get("weight_decay", 0.0)),
-            "state_bytes_per_parameter": group.get("state_bytes", "?"),
+            "state_bytes": of_group(group),
         }
         for group in optimizer.param_groups
     ]
+
+
+def _elementwise_bytes(group: Mapping[str, Any]) -> int | str:
+    """Bytes of a group whose settings say `bytes_per_element`, a step counter of 4 for each tensor included."""
+    if "bytes_per_element" not in group:
+        return "?"
+    return sum(group["bytes_per_element"] * p.numel() + 4 for p in group["params"])
 
 
 def check_positive(**values: float) -> None:

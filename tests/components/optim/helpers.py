@@ -3,19 +3,22 @@
 from pathlib import Path
 
 import torch
-import yaml
+from omegaconf import OmegaConf
 from torch import Tensor, nn
+
+from components.contracts import NamedParameter
+from components.optim.cosmos import Cosmos
 
 CONF = Path(__file__).parents[3] / "conf" / "optimizer"
 
 
 def options(name: str) -> dict:
     """The arguments that conf/optimizer/<name>.yaml gives."""
-    values = yaml.safe_load((CONF / f"{name}.yaml").read_text(encoding="utf-8"))
+    values = OmegaConf.to_container(OmegaConf.load(CONF / f"{name}.yaml"), resolve=True)
     return {key: value for key, value in values.items() if not key.startswith("_")}
 
 
-ADAMW, MUON = options("adamw"), options("muon")
+ADAMW, MUON, COSMOS, SOAP = options("adamw"), options("muon"), options("cosmos"), options("soap")
 
 
 class TinyModel(nn.Module):
@@ -53,6 +56,16 @@ class TinyModel(nn.Module):
         return {"mixer.qkv_proj.weight": [8, 4, 4]}
 
 
+def gradients(m: int, n: int, steps: int, seed: int = 0, noise: float = 0.3, ratio: float = 0.8) -> list[Tensor]:
+    """Of singular values about ratio^i, drifting over the steps, under noise of that size in every direction."""
+    generator = torch.Generator().manual_seed(seed)
+    left = torch.randn(m, min(m, n), generator=generator, dtype=torch.float64)
+    right = torch.randn(min(m, n), n, generator=generator, dtype=torch.float64)
+    size = ratio ** torch.arange(min(m, n), dtype=torch.float64)
+    extras = [torch.randn(m, n, generator=generator, dtype=torch.float64) for _ in range(steps)]
+    return [(left * (1 + 0.1 * i) * size) @ right + noise * extra for i, extra in enumerate(extras)]
+
+
 def train(model: nn.Module, optimizer: torch.optim.Optimizer, steps: int, seed: int = 0) -> list[float]:
     """Some steps on fixed random tokens. Returns the losses."""
     generator = torch.Generator().manual_seed(seed)
@@ -65,3 +78,27 @@ def train(model: nn.Module, optimizer: torch.optim.Optimizer, steps: int, seed: 
         optimizer.step()
         losses.append(loss.item())
     return losses
+
+
+EXACT = {**COSMOS, "weight_decay": 0.0, "ns_dtype": "float64", "betas": [0.9, 0.95]}
+
+
+def parameter(m: int, n: int, dtype=torch.float64, splits=()) -> NamedParameter:
+    return NamedParameter("w", nn.Parameter(torch.zeros(m, n, dtype=dtype)), "o", tuple(splits))
+
+
+def updates(grads: list[torch.Tensor], dtype=torch.float64, splits=(), **changes) -> list[torch.Tensor]:
+    """What each step subtracts from the parameter, per unit of eta, in float64."""
+    item = parameter(*grads[0].shape, dtype=dtype, splits=splits)
+    optimizer = Cosmos([item], **{**EXACT, **changes})
+    eta, found = optimizer.param_groups[0]["lr"], []
+    for grad in grads:
+        item.parameter.data.zero_()
+        item.parameter.grad = grad.to(dtype)
+        optimizer.step()
+        found.append(-item.parameter.detach().double() / eta)
+    return found
+
+
+def relative(a: torch.Tensor, b: torch.Tensor) -> float:
+    return ((a - b).norm() / b.norm()).item()

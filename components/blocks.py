@@ -16,7 +16,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-from components.contracts import Batch, ModelOutput, Role, RopeRule, RopeSpec, UserError
+from components.contracts import Batch, ModelOutput, Role, RopeRegime, RopeRule, RopeSpec, UserError
 from components.decode_state import DecodeState, KVCache, LayerState, Step
 from kernels.rms_norm import add_rms_norm, rms_norm
 from kernels.rope import apply_rope, rope_tables
@@ -45,9 +45,10 @@ class Context:
 
 
 def inverse_frequencies(spec: RopeSpec) -> Tensor:
-    """(rotary_dim/2,) float64: 1 / (lambda_i * base^(2i/rotary_dim))."""
+    """(regimes, rotary_dim/2) float64: 1 / (lambda_i * base^(2i/rotary_dim))."""
+    pairs = spec.rotary_dim // 2
     exponent = torch.arange(0, spec.rotary_dim, 2, dtype=torch.float64, device="cpu") / spec.rotary_dim
-    factors = torch.tensor(spec.factors or [1.0], dtype=torch.float64, device="cpu")
+    factors = torch.tensor([regime.factors or (1.0,) * pairs for regime in spec.regimes], dtype=torch.float64, device="cpu")
     return 1.0 / (factors * torch.tensor(spec.base, dtype=torch.float64, device="cpu") ** exponent)
 
 
@@ -252,7 +253,7 @@ class Decoder(nn.Module):
         self.norm = RMSNorm(hidden_size, norm_eps)
         self.lm_head = None if tie_embeddings else nn.Linear(hidden_size, vocab_size, bias=False)
         self.rope_spec: RopeSpec | None = None
-        self._inv_freq = torch.empty(0)
+        self._inv_freq, self._attention_factors = torch.empty(0), torch.empty(0)  # no buffers: a cast of the module must not reach them
         self._rotary_dim = rotary_dim
         if rotary_dim is not None:
             self.set_rope(rope.spec(rotary_dim, rope_theta, max_length))
@@ -295,10 +296,21 @@ class Decoder(nn.Module):
             positions = batch.position_ids
             if positions is None:
                 positions = step.positions if step is not None else torch.arange(ids.shape[1], device=ids.device)[None]
-            if self._inv_freq.device != ids.device:
-                self._inv_freq = self._inv_freq.to(ids.device)
-            rope = rope_tables(positions, self._inv_freq, self.rope_spec.attention_factor)
+            rope = rope_tables(positions, *self._frequencies(batch, step))
         return Context(rope, segments, document_start, step)
+
+    def _frequencies(self, batch: Batch, step: Step | None) -> tuple[Tensor, float | Tensor]:
+        """Inverse frequencies (R/2,) and attention factor of all rows, or (B, R/2) and (B, 1, 1) where each row has its regime."""
+        assert self.rope_spec is not None
+        regimes = self.rope_spec.regimes
+        if self._inv_freq.device != batch.input_ids.device:
+            self._inv_freq = self._inv_freq.to(batch.input_ids.device)
+            self._attention_factors = self._attention_factors.to(batch.input_ids.device)
+        chosen = step.regime if step is not None else batch.rope_regime
+        if len(regimes) == 1 or chosen is None:
+            index = self.rope_spec.regime_of(batch.input_ids.shape[1])
+            return self._inv_freq[index], regimes[index].attention_factor
+        return self._inv_freq[chosen.long()], self._attention_factors[chosen.long()][:, None, None]
 
     @property
     def blocks(self) -> list[Block]:
@@ -349,22 +361,24 @@ class Decoder(nn.Module):
             return
         if spec.rotary_dim != self._rotary_dim:
             raise UserError(f"rope.rotary_dim: {spec.rotary_dim}; allowed is {self._rotary_dim} (model.head_dim * partial rotary factor)")
-        if len(spec.factors) not in (0, spec.rotary_dim // 2) or not all(math.isfinite(f) and f > 0 for f in spec.factors):
-            raise UserError(
-                f"rope.factors: {len(spec.factors)} values; allowed are {spec.rotary_dim // 2} finite values > 0, one a rotary pair"
-            )
-        rescales = bool(spec.factors) or spec.attention_factor != 1.0
-        if rescales and self.window is not None and spec.original_len is not None and self.window <= spec.original_len:
+        for factors in (regime.factors for regime in spec.regimes):
+            if len(factors) not in (0, spec.rotary_dim // 2) or not all(math.isfinite(f) and f > 0 for f in factors):
+                raise UserError(
+                    f"rope.factors: {len(factors)} values; allowed are {spec.rotary_dim // 2} finite values > 0, one a rotary pair"
+                )
+        if not spec.plain and self.window is not None and spec.original_len is not None and self.window <= spec.original_len:
             why = f"model.window={self.window} <= model.max_length={spec.original_len}" if self.window else "no layer attends"
             log.warning("rope: %s has no effect, since %s", spec.rule, why)
-            spec = replace(spec, factors=(), attention_factor=1.0)
+            spec = replace(spec, regimes=(RopeRegime(),))
         self.rope_spec = spec
         self._inv_freq = inverse_frequencies(spec)
+        self._attention_factors = torch.tensor([regime.attention_factor for regime in spec.regimes], dtype=torch.float64, device="cpu")
 
     def new_state(self, batch_size: int, max_length: int, dtype: torch.dtype = torch.float32) -> DecodeState:
         """Return an empty state; max_length bounds the tokens of a row where attention has no window. dtype: that of keys and values."""
         device = self.embed_tokens.weight.device
-        return DecodeState.empty([block.new_state(batch_size, max_length, dtype, device) for block in self.blocks], batch_size, device)
+        layers = [block.new_state(batch_size, max_length, dtype, device) for block in self.blocks]
+        return DecodeState.empty(layers, batch_size, device, self.rope_spec.bounds if self.rope_spec is not None else ())
 
     def forward_flops(self, seq_len: int) -> float:
         """FLOPs of one forward, per token, in rows of seq_len tokens: 2 a weight of every matmul (head included) + attention and scans."""

@@ -8,17 +8,19 @@ from __future__ import annotations
 
 import math
 
-from components.contracts import RopeSpec, UserError
+from components.contracts import RopeRegime, RopeSpec, UserError
 
 
-def _check_factor(factor: float) -> None:
+def check_factor(factor: float) -> None:
+    """Raise UserError unless s is a finite number >= 1."""
     if isinstance(factor, bool) or not isinstance(factor, int | float) or not math.isfinite(factor) or factor < 1:
         raise UserError(
             f"rope.factor: {factor!r}; allowed is a finite number >= 1 (how many times longer than model.max_length); use rope.factor=2"
         )
 
 
-def _check_model(rotary_dim: int, base: float, original_len: int) -> None:
+def check_model(rotary_dim: int, base: float, original_len: int) -> None:
+    """Raise UserError for numbers of a model that no rule can work with."""
     if rotary_dim < 2 or rotary_dim % 2:
         raise UserError(
             f"rotary dims of a head: {rotary_dim}; allowed is an even number >= 2; change model.head_dim or model.partial_rotary_factor"
@@ -29,8 +31,9 @@ def _check_model(rotary_dim: int, base: float, original_len: int) -> None:
         raise UserError(f"model.max_length: {original_len}; allowed is at least 7 tokens for rotary positions")
 
 
-def _target(factor: float, original_len: int) -> int:
-    return round(factor * original_len)
+def _extended(rotary_dim: int, base: float, original_len: int, factor: float, regime: RopeRegime, rule: str) -> RopeSpec:
+    """The spec of a rule that treats rows of all lengths alike."""
+    return RopeSpec(rotary_dim, float(base), (regime,), original_len, round(factor * original_len), rule)
 
 
 class NoRescaling:
@@ -42,7 +45,7 @@ class NoRescaling:
 
     def spec(self, rotary_dim: int, base: float, original_len: int) -> RopeSpec:
         """Return the identity spec; raises UserError on an odd rotary_dim, base <= 1 or original_len < 7."""
-        _check_model(rotary_dim, base, original_len)
+        check_model(rotary_dim, base, original_len)
         return RopeSpec(rotary_dim, float(base), original_len=original_len, target_len=original_len)
 
 
@@ -54,16 +57,14 @@ class Linear:
     """
 
     def __init__(self, factor: float) -> None:
-        _check_factor(factor)
+        check_factor(factor)
         self.factor = float(factor)
 
     def spec(self, rotary_dim: int, base: float, original_len: int) -> RopeSpec:
         """Return lambda_i = factor; raises UserError as NoRescaling."""
-        _check_model(rotary_dim, base, original_len)
+        check_model(rotary_dim, base, original_len)
         factors = (self.factor,) * (rotary_dim // 2)
-        return RopeSpec(
-            rotary_dim, float(base), factors, original_len=original_len, target_len=_target(self.factor, original_len), rule="linear"
-        )
+        return _extended(rotary_dim, base, original_len, self.factor, RopeRegime(factors), "linear")
 
 
 class NTK:
@@ -78,7 +79,7 @@ class NTK:
     """
 
     def __init__(self, factor: float, variant: str) -> None:
-        _check_factor(factor)
+        check_factor(factor)
         if variant not in ("base", "critical"):
             nearest = "critical" if str(variant).startswith("c") else "base"
             raise UserError(f"rope.variant: {variant!r}; allowed are base, critical; did you mean {nearest}?")
@@ -87,7 +88,7 @@ class NTK:
 
     def spec(self, rotary_dim: int, base: float, original_len: int) -> RopeSpec:
         """Return lambda_i = (base'/base)^(2i/d); raises UserError as NoRescaling, and for variant base when rotary_dim is 2."""
-        _check_model(rotary_dim, base, original_len)
+        check_model(rotary_dim, base, original_len)
         if self.variant == "base":
             if rotary_dim == 2:
                 raise UserError("rope.variant: 'base' with 2 rotary dims; allowed are 4 or more; did you mean rope=linear?")
@@ -96,9 +97,7 @@ class NTK:
             period = 2 * math.pi
             log_ratio = (math.log(self.factor * original_len / period) / math.log(original_len / period) - 1) * math.log(base)
         factors = tuple(math.exp(log_ratio * 2 * i / rotary_dim) for i in range(rotary_dim // 2))
-        return RopeSpec(
-            rotary_dim, float(base), factors, original_len=original_len, target_len=_target(self.factor, original_len), rule="ntk"
-        )
+        return _extended(rotary_dim, base, original_len, self.factor, RopeRegime(factors), "ntk")
 
 
 class YaRN:
@@ -125,7 +124,7 @@ class YaRN:
         mscale: float | None = None,
         mscale_all_dim: float | None = None,
     ) -> None:
-        _check_factor(factor)
+        check_factor(factor)
         if not beta_fast > beta_slow > 0:
             raise UserError(f"rope.beta_fast: {beta_fast}, rope.beta_slow: {beta_slow}; allowed is beta_fast > beta_slow > 0; use 32 and 1")
         if attention_factor is not None and not attention_factor > 0:
@@ -142,7 +141,7 @@ class YaRN:
 
     def spec(self, rotary_dim: int, base: float, original_len: int) -> RopeSpec:
         """Return the ramp's lambda_i; raises UserError as NoRescaling, and when L0 holds no full turn at beta_slow."""
-        _check_model(rotary_dim, base, original_len)
+        check_model(rotary_dim, base, original_len)
         if original_len <= 2 * math.pi * self.beta_slow:
             raise UserError(f"rope.beta_slow: {self.beta_slow}; allowed is below model.max_length / 2pi = {original_len / 2 / math.pi:.2f}")
         low, high = self._ramp(rotary_dim, base, original_len)
@@ -150,15 +149,7 @@ class YaRN:
         for i in range(rotary_dim // 2):
             ramp = min(max((i - low) / (high - low), 0.0), 1.0)
             factors.append(1 / (ramp / self.factor + (1 - ramp)))  # frequencies are interpolated, not lambda
-        return RopeSpec(
-            rotary_dim,
-            float(base),
-            tuple(factors),
-            self._attention_factor(),
-            original_len=original_len,
-            target_len=_target(self.factor, original_len),
-            rule="yarn",
-        )
+        return _extended(rotary_dim, base, original_len, self.factor, RopeRegime(tuple(factors), self._attention_factor()), "yarn")
 
     def _ramp(self, rotary_dim: int, base: float, original_len: int) -> tuple[float, float]:
         def index(turns: float) -> float:

@@ -10,7 +10,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from components.contracts import ROLES, Batch, Model, UserError
+from components.contracts import ROLES, Batch, Model, RopeRegime, RopeSpec, UserError
 from components.rope.rules import Linear, NoRescaling, YaRN
 
 
@@ -260,8 +260,7 @@ def test_set_rope_refuses_what_does_not_fit(model):
     rotary = model.rope_spec.rotary_dim
     with pytest.raises(UserError, match=r"rope\.rotary_dim"):
         model.set_rope(NoRescaling().spec(rotary + 2, 1e4, 64))
-    broken = Linear(2.0).spec(rotary, 1e4, 64)
-    object.__setattr__(broken, "factors", (2.0,))
+    broken = RopeSpec(rotary, regimes=(RopeRegime((2.0,)),))
     with pytest.raises(UserError, match=r"rope\.factors: 1 values"):
         model.set_rope(broken)
 

@@ -1,0 +1,1 @@
+"""Searching for RoPE factors. The search itself (space, evolution, log) knows numpy alone; what it minimises (needle) knows models."""

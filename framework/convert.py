@@ -9,36 +9,32 @@ from __future__ import annotations
 import argparse
 import datetime
 import json
-import os
-import shutil
 import sys
-from collections.abc import Iterator
-from contextlib import contextmanager
-from importlib import import_module
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from components.errors import UserError
+from framework.export import compare, export, interop, layout_for, layout_named, new_folder
 
 EXAMPLES = """examples:
   python -m framework.convert iter-9500-ckpt.pth --to outputs/imported --tokenizer tokenizer.json model.num_heads=12 model.window=2048
   python -m framework.convert path/to/hugging_face_folder --to outputs/imported
   python -m framework.convert outputs/NAME/DATE_... --to exported --format transformers"""
 IMPORTED = "imported"  # name and status of a run that was not trained here
-PROBE_TOKENS = 64  # of the text on which an export must give the same logits
 
 
-def interop() -> Any:
-    """The folder of layouts. Its modules join by existing, so that no layout is named here; loaded late, since torch comes with it."""
-    return import_module("components.interop")
+@dataclass(frozen=True)
+class Imported:
+    """layout: name of the one it was in; parameters: of the model."""
+
+    layout: str
+    parameters: int
 
 
-def layout_named(name: str, key: str) -> Any:
-    """The layout of that name. Raises UserError naming those there are."""
-    known = interop().layouts()
-    if name not in known:
-        raise UserError(f"{key}: {name!r} is not one of {', '.join(sorted(known))}")
-    return known[name]
+def by_hand(path: Path) -> str:
+    """The beginning of a command that says what a checkpoint does not."""
+    return f"import it with python -m framework.convert {path} --to RUN_DIR"
 
 
 def detect(tensors: dict[str, Any], path: Path) -> Any:
@@ -46,18 +42,20 @@ def detect(tensors: dict[str, Any], path: Path) -> Any:
     known = interop().layouts()
     fitting = [layout for layout in known.values() if layout.matches(tensors)]
     if len(fitting) != 1:
-        raise UserError(f"{path}: layout not recognised (first tensor: {next(iter(tensors))}); add --from {'|'.join(sorted(known))}")
+        first, names = next(iter(tensors), "none"), "|".join(sorted(known))
+        raise UserError(f"{path}: layout not recognised (first tensor: {first}); {by_hand(path)} --from {names}")
     return fitting[0]
 
 
-def import_checkpoint(path: Path, to: Path, name: str, tokenizer: Path | None, eot: str | None, words: list[str]) -> str:
-    """Write the run directory `to`; returns the line to end with.
+def import_checkpoint(path: Path, to: Path, name: str, tokenizer: Path | None, eot: str | None, words: list[str], key: str) -> Imported:
+    """Write the run directory `to`.
 
     Args:
         name: of a layout, or "auto".
         tokenizer: a tokenizer.json; None for the one beside the checkpoint.
-        eot: its token that ends a text, when that is not <|endoftext|>.
+        eot: its token that ends a text, when that is neither <|endoftext|> nor named by a tokenizer_config.json beside the tokenizer.
         words: model.KEY=VALUE, for what the checkpoint does not say.
+        key: names `to` in messages.
 
     Raises:
         UserError: unreadable, of another layout or other sizes, something missing, or `to` is not empty.
@@ -70,23 +68,25 @@ def import_checkpoint(path: Path, to: Path, name: str, tokenizer: Path | None, e
     state = layout.from_foreign(source.tensors, numbers)
     file = tokenizer or source.tokenizer
     if file is None:
-        raise UserError(f"{path}: no tokenizer.json beside it; add --tokenizer FILE")
-    with new_folder(to) as folder:
+        raise UserError(f"{path}: no tokenizer.json beside it; put it there, or {by_hand(path)} --tokenizer FILE")
+    if "auto_map" in source.about:
+        print(f"{path}: config.json names code of its own (auto_map), which is never run", file=sys.stderr)
+    with new_folder(to, key) as folder:
         own = own_tokenizer(file, eot)
         rows = numbers["vocab_size"]
         if own.vocab_size > rows:
             grown = -(-own.vocab_size // build.HEAD_MULTIPLE) * build.HEAD_MULTIPLE
-            print(
-                f"vocabulary: {grown - rows} rows added to the {rows}, since the tokenizer has {own.vocab_size} ids with our special tokens"
-            )
+            why = f"since the tokenizer has {own.vocab_size} ids with our special tokens"
+            print(f"vocabulary: {grown - rows} rows added to the {rows}, {why}", file=sys.stderr)
             state, numbers = interop().grow_vocabulary(state, grown), numbers | {"vocab_size": grown}
         own.save(folder / "tokenizer")
-        write_run(folder, layout.model, configuration(layout, numbers, to), state)
+        spec = layout.rope(source.about, numbers) if layout.rope is not None else None
+        config = configuration(layout, numbers, to, [*rope_words(spec), *data_words(file)])
+        write_run(folder, layout.model, config, state, "none" if spec is None else spec.rule)
         run = build.load_run(folder)
         written = layout.undo(first_rows(run.model.state_dict(), rows), numbers | {"vocab_size": rows})
         compare(written, layout.canonical(source.tensors), str(path))
-    weights = sum(tensor.numel() for tensor in run.model.parameters())
-    return f"{to}: {weights / 1e6:.1f}M parameters of layout {layout.name}. Next: python generate.py ckpt={to} prompt='...'"
+    return Imported(layout.name, sum(tensor.numel() for tensor in run.model.parameters()))
 
 
 def given_numbers(words: list[str]) -> dict[str, Any]:
@@ -102,11 +102,40 @@ def given_numbers(words: list[str]) -> dict[str, Any]:
     return dict(given.get("model", {})) if isinstance(given, dict) else {}
 
 
-def configuration(layout: Any, numbers: dict[str, Any], to: Path) -> Any:
-    """The configuration of the run: defaults but for the model's numbers and the tokenizer. Raises UserError for an unknown key."""
+def rope_words(spec: Any) -> list[str]:
+    """The RoPE rule of a checkpoint as words, its tables as they are. spec: a RopeSpec, None for plain RoPE.
+
+    A file has one attention factor for rows of any length; where its tables are equal, so that a row never changes, one is kept.
+    """
+    if spec is None:
+        return []
+    ones = (1.0,) * (spec.rotary_dim // 2)  # which () stands for
+    long, short = spec.factors or ones, spec.regimes[0].factors or None
+    values = {"factor": spec.target_len / spec.original_len, "factors": long, "short_factors": short}
+    if spec.attention_factor == 1.0:
+        values["attention_factor.policy"] = "none"
+    else:
+        values |= {"attention_factor.policy": "both", "attention_factor.value": spec.attention_factor}
+    if not spec.bounds:
+        values["switch"] = "always_long"
+    return [f"rope={spec.rule}", *(f"rope.{key}={json.dumps(value)}" for key, value in values.items())]
+
+
+def data_words(tokenizer: Path) -> list[str]:
+    """The data option as words where the chat template beside the tokenizer is one's own, so that a prompt is the user's turn."""
+    option = interop().data_option(tokenizer / "tokenizer.json" if tokenizer.is_dir() else tokenizer)
+    return [] if option is None else [f"data={option}", "data.path=unknown"]
+
+
+def configuration(layout: Any, numbers: dict[str, Any], to: Path, words: list[str]) -> Any:
+    """The configuration of the run: defaults but for the model's numbers, RoPE rule, data and tokenizer.
+
+    words: of RoPE rule and data. Raises UserError for an unknown key.
+    """
     from framework import build
 
-    words = [f"model.{key}={json.dumps(value)}" for key, value in numbers.items()]
+    words = [*words]
+    words += [f"model.{key}={json.dumps(value)}" for key, value in numbers.items()]
     where = json.dumps(str(to.absolute() / "tokenizer"), ensure_ascii=False)
     config = build.compose(
         "train", [f"model={layout.model}", *words, "data.tokenizer.kind=hf", f"data.tokenizer.path={where}", f"name={IMPORTED}"]
@@ -115,8 +144,8 @@ def configuration(layout: Any, numbers: dict[str, Any], to: Path) -> Any:
     return config
 
 
-def write_run(folder: Path, model: str, config: Any, state: dict[str, Any]) -> None:
-    """Write config.yaml, the one checkpoint (step 0) and run_state.json, as a run has them. model: option that the configuration chose."""
+def write_run(folder: Path, model: str, config: Any, state: dict[str, Any], rope: str = "none") -> None:
+    """Write config.yaml, the one checkpoint (step 0) and run_state.json, as a run has them. model, rope: options of the configuration."""
     from omegaconf import OmegaConf
 
     from framework import runtime
@@ -131,7 +160,7 @@ def write_run(folder: Path, model: str, config: Any, state: dict[str, Any]) -> N
     AtomicCheckpointIO().save_checkpoint(content, folder / FOLDER / name)
     write_state(
         folder, name=config.name, seed=config.seed, status=IMPORTED, created=datetime.datetime.now(datetime.UTC).isoformat(), step=0,
-        tokens=0, last_checkpoint=name, choices={"model": model, "model/size": IMPORTED},
+        tokens=0, last_checkpoint=name, choices={"model": model, "model/size": IMPORTED, "rope": rope},
         versions=runtime.versions(), git=runtime.git_state(),
     )  # fmt: skip
 
@@ -139,17 +168,21 @@ def write_run(folder: Path, model: str, config: Any, state: dict[str, Any]) -> N
 def own_tokenizer(file: Path, eot: str | None) -> Any:
     """Load a foreign tokenizer.json; its token `eot` becomes our end of text, so that the row trained for it is used.
 
+    eot: None for <|endoftext|>, or, where the tokenizer has no such token, for the one that a tokenizer_config.json beside it names.
+
     Raises:
         UserError: no tokenizer, or no such special token.
     """
-    from components.data.tokenizers import EOT, FILE_NAME, Tokenizer
+    from components.data.tokenizers import EOT, FILE_NAME, Tokenizer, stops_beside
 
-    if eot is None or eot == EOT:
-        return Tokenizer.load(file)
     file = file / FILE_NAME if file.is_dir() else file
-    Tokenizer.load(file)  # for its messages
+    own = Tokenizer.load(file)
     content = json.loads(file.read_text(encoding="utf-8"))
-    specials = {token["content"]: token for token in content["added_tokens"] if token.get("special")}
+    specials = {token["content"]: token for token in content.get("added_tokens") or [] if token.get("special")}
+    if eot is None and EOT not in specials and (named := interop().named_end(file)) in specials:
+        eot = named
+    if eot is None or eot == EOT:
+        return own
     if eot not in specials or EOT in specials:
         reason = f"has {EOT} already" if EOT in specials else f"has the special tokens {', '.join(specials) or 'none'}"
         raise UserError(f"--eot: {eot!r} cannot be the end of text: {file} {reason}")
@@ -162,7 +195,7 @@ def own_tokenizer(file: Path, eot: str | None) -> Any:
         content["model"]["vocab"] = [[EOT if piece == eot else piece, score] for piece, score in vocabulary]
     from tokenizers import Tokenizer as Backend
 
-    return Tokenizer(Backend.from_str(json.dumps(content)))
+    return Tokenizer(Backend.from_str(json.dumps(content)), stops_beside(file))
 
 
 def first_rows(state: dict[str, Any], rows: int) -> dict[str, Any]:
@@ -170,81 +203,18 @@ def first_rows(state: dict[str, Any], rows: int) -> dict[str, Any]:
     return {name: tensor[:rows] if name in ("embed_tokens.weight", "lm_head.weight") else tensor for name, tensor in state.items()}
 
 
-def compare(found: dict[str, Any], expected: dict[str, Any], where: str) -> None:
-    """Raise RuntimeError, a defect of ours, unless every expected tensor is there bit for bit (half precision widened)."""
-    import torch
-
-    for name, tensor in expected.items():
-        if name not in found or not torch.equal(found[name].float(), tensor.float()):
-            raise RuntimeError(f"{where}: {name} did not survive the conversion")
-
-
-def export_run(path: Path, to: Path, name: str, shard_bytes: int) -> str:
-    """Write the folder `to` in the layout `name`; returns the line to end with.
-
-    An adapter is merged into the weights. Raises UserError when `path` is no run, or the layout cannot express its model.
-    """
+def export_run(path: Path, to: Path, name: str, shard_bytes: int | None) -> str:
+    """Write the run `path` as the folder `to` in the layout `name`; returns the line to end with. Raises UserError as `export`."""
     from framework import build
-    from framework.parts import without_adapter
 
-    layout = layout_named(name, "--format")
+    layout_named(name, "--format")
     run = build.load_run(path)
-    config = build.plain(run.cfg.model) | {"vocab_size": run.model.vocab_size}
-    wanted = build.compose("train", [f"model={layout.model}", "model/size=test"]).model._target_
-    if config["_target_"] != wanted:
-        raise UserError(f"--format: {name} holds models of {wanted}; {path} is a {config['_target_']}")
-    spec = getattr(run.model, "rope_spec", None)
-    if spec is not None and (spec.factors or spec.attention_factor != 1.0):
-        raise UserError(f"--format: {name} has no place for the RoPE rule {spec.rule!r} of {path}")
-    model = without_adapter(run)
-    with new_folder(to) as folder:
-        tensors = layout.to_foreign(model.state_dict(), config)
-        layout.write(folder, tensors, config, run.tokenizer.eot_id, shard_bytes)
-        run.tokenizer.save(folder)
-        source = interop().read(folder)
-        compare(tensors, source.tensors, str(to))
-        numbers = layout.infer(source.tensors, source.about, {key: config[key] for key in layout.asks})
-        check_logits(run, model, config | numbers, layout.from_foreign(source.tensors, numbers), to)
+    layout = layout_for(run, name, "transformers", "--format")
+    done = export(run, to, layout, "transformers", shard_bytes, "--to")
+    for line in done.notes:
+        print(line, file=sys.stderr)
     back = f"python -m framework.convert {to} --to RUN_DIR"
-    return f"{to}: {len(source.tensors)} tensors in layout {name}, read back with equal logits. To import it again: {back}"
-
-
-def check_logits(run: Any, model: Any, numbers: dict[str, Any], state: dict[str, Any], to: Path) -> None:
-    """Raise RuntimeError, a defect of ours, unless a model built from what was read back gives the same logits bit for bit."""
-    import torch
-
-    from components.contracts import Batch
-    from framework import build
-
-    again = build.build({**numbers}, rope=build.build(run.cfg.rope), path="model")
-    again.load_state_dict(state)
-    again.eval()
-    ids = torch.arange(PROBE_TOKENS)[None] * 7919 % model.vocab_size
-    with torch.no_grad():
-        ours, theirs = (m.logits(m(Batch(input_ids=ids)).hidden) for m in (model, again))
-    if not torch.equal(ours, theirs):
-        raise RuntimeError(f"{to}: the logits differ after reading it back")
-
-
-@contextmanager
-def new_folder(to: Path) -> Iterator[Path]:
-    """A hidden folder beside `to` that takes its name when the block ends well, and is deleted when it does not.
-
-    Raises:
-        UserError: `to` exists and is not empty, or its parent cannot be written to.
-    """
-    if to.exists() and (not to.is_dir() or any(to.iterdir())):
-        raise UserError(f"--to: {str(to)!r} exists and is not empty; choose another name or remove it")
-    temporary = to.absolute().parent / f".{to.absolute().name}.{os.getpid()}.tmp"
-    try:
-        temporary.mkdir(parents=True)
-    except OSError as error:
-        raise UserError(f"--to: {str(to)!r} cannot be made: {error.strerror or error}") from error
-    try:
-        yield temporary
-        os.replace(temporary, to)
-    finally:
-        shutil.rmtree(temporary, ignore_errors=True)
+    return f"{to}: {done.tensors} tensors in layout {name}, read back with equal logits. To import it again: {back}"
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -259,7 +229,7 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--from", dest="layout", metavar="LAYOUT", default="auto", help="layout of SOURCE; auto tells it from the names")
     parser.add_argument("--format", metavar="LAYOUT", help="write the run SOURCE in this layout")
     parser.add_argument("--tokenizer", metavar="FILE", type=Path, help="tokenizer.json of SOURCE, when it is not beside it")
-    parser.add_argument("--eot", metavar="TOKEN", help="its token that ends a text, such as </s>, when that is not <|endoftext|>")
+    parser.add_argument("--eot", metavar="TOKEN", help="its token that ends a text, such as </s>, when no file beside it says so")
     parser.add_argument("--shard-bytes", metavar="N", type=int, help="write files of at most this size")
     parser.add_argument("--traceback", action="store_true", help="show the traceback of an error")
     words = parser.parse_intermixed_args(argv)
@@ -267,11 +237,14 @@ def main(argv: list[str] | None = None) -> int:
 
     try:
         if words.format is None:
-            line = import_checkpoint(Path(words.source), Path(words.to), words.layout, words.tokenizer, words.eot, words.words)
+            to = Path(words.to)
+            done = import_checkpoint(Path(words.source), to, words.layout, words.tokenizer, words.eot, words.words, "--to")
+            size = f"{done.parameters / 1e6:.1f}M parameters of layout {done.layout}"
+            line = f"{to}: {size}. Next: python generate.py ckpt={to} prompt='...'"
         else:
             if words.words or words.tokenizer or words.eot or words.layout != "auto":
                 raise UserError("--format: a run says everything itself; --from, --tokenizer, --eot and model.KEY=VALUE are for imports")
-            line = export_run(Path(words.source), Path(words.to), words.format, words.shard_bytes or interop().SHARD_BYTES)
+            line = export_run(Path(words.source), Path(words.to), words.format, words.shard_bytes)
         print(line)
     except BrokenPipeError:
         return leave_quietly()

@@ -6,16 +6,20 @@ import pkgutil
 from importlib import import_module
 
 from components.interop.common import Layout, grow_vocabulary
-from components.interop.files import SHARD_BYTES, Source, read
+from components.interop.companions import data_option, named_end, write_companions
+from components.interop.files import CONFIG, SHARD_BYTES, Source, read
 
-__all__ = ["SHARD_BYTES", "Layout", "Source", "grow_vocabulary", "layouts", "read"]
+__all__ = [
+    "CONFIG", "SHARD_BYTES", "Layout", "Source", "data_option", "grow_vocabulary", "layouts", "named_end", "read",
+    "write_companions",
+]  # fmt: skip
 
 
 def layouts() -> dict[str, Layout]:
     """Every layout by its name.
 
     >>> sorted(layouts())
-    ['fla', 'samba', 'transformers']
+    ['fla', 'phi3', 'samba', 'transformers']
     """
     modules = (import_module(f"{__name__}.{info.name}") for info in pkgutil.iter_modules(__path__))
     found = [module.LAYOUT for module in modules if isinstance(getattr(module, "LAYOUT", None), Layout)]

@@ -8,13 +8,12 @@ from __future__ import annotations
 import re
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from components.contracts import UserError
+from components.contracts import RopeSpec, UserError
 
 Tensors = dict[str, Tensor]
 Config = Mapping[str, Any]  # the node `model` of a configuration
@@ -49,8 +48,12 @@ class Layout:
         from_foreign: (their tensors, the model's numbers) -> our state dict.
         to_foreign: (our state dict, the model's numbers) -> their tensors, when their code computes the same with them.
         undo: the reverse of `from_foreign` alone, whatever their code would compute.
-        write: (folder, their tensors, the model's numbers, id of the end-of-text token, bytes of a shard) -> None.
+        write: (folder, their tensors, the model's numbers, id of the end-of-text token, bytes of a shard) -> None; where there is `rope`,
+            also the keywords rope (the model's spec or None), stops (ids that end a turn, beside the end of text) and engine.
         canonical: their tensors under the names that `to_foreign` gives, where there are several customs.
+        rope: (config.json, the model's numbers) -> the spec that the checkpoint's positions were rescaled with, None for plain ones;
+            absent when the layout has no place for a RoPE rule.
+        engines: libraries (transformers, vllm) that build the model from a written folder by themselves, the first by default.
     """
 
     name: str
@@ -61,8 +64,10 @@ class Layout:
     from_foreign: Callable[[Tensors, Config], Tensors]
     to_foreign: Callable[[Tensors, Config], Tensors]
     undo: Callable[[Tensors, Config], Tensors]
-    write: Callable[[Path, Tensors, Config, int, int], None]
+    write: Callable[..., None]
     canonical: Callable[[Tensors], Tensors] = dict
+    rope: Callable[[Config, Config], RopeSpec | None] | None = None
+    engines: tuple[str, ...] = ()
 
 
 def same(ours: str, theirs: str, *shape: int) -> Entry:

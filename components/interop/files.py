@@ -118,7 +118,8 @@ def read_pickle(file: Path) -> tuple[Tensors, dict[str, Any]]:
 def write_folder(folder: Path, tensors: Tensors, config: Mapping[str, Any], shard_bytes: int = SHARD_BYTES) -> None:
     """Write config.json and model.safetensors, or shards with an index above `shard_bytes`.
 
-    A tensor that is the same memory as an earlier one (a tied head) is left out, as Hugging Face does.
+    A tensor that is the same memory as an earlier one (a tied head) is left out, as Hugging Face does. Raises UserError when the weights
+    cannot be written.
     """
     seen: set[tuple[int, torch.Size]] = set()
     shards: list[Tensors] = [{}]
@@ -136,12 +137,16 @@ def write_folder(folder: Path, tensors: Tensors, config: Mapping[str, Any], shar
         room -= size
     folder.mkdir(parents=True, exist_ok=True)
     (folder / CONFIG).write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
-    if len(shards) == 1:
-        save_file(shards[0], folder / SINGLE, metadata={"format": "pt"})
-        return
-    names = [f"model-{i:05d}-of-{len(shards):05d}.safetensors" for i in range(1, len(shards) + 1)]
+    several = [f"model-{i:05d}-of-{len(shards):05d}.safetensors" for i in range(1, len(shards) + 1)]
+    names = several if len(shards) > 1 else [SINGLE]
     for name, shard in zip(names, shards, strict=True):
-        save_file(shard, folder / name, metadata={"format": "pt"})
+        try:
+            save_file(shard, folder / name, metadata={"format": "pt"})
+        except SafetensorError as error:  # the library's own kind, also for a full disk
+            raise UserError(f"{folder / name}: cannot be written ({error}); is the disk full?") from error
+        (folder / name).chmod((folder / CONFIG).stat().st_mode)  # the library lets nobody else read it
+    if len(shards) == 1:
+        return
     total = sum(t.numel() * t.element_size() for shard in shards for t in shard.values())
     places = {key: name for name, shard in zip(names, shards, strict=True) for key in shard}
     (folder / INDEX).write_text(json.dumps({"metadata": {"total_size": total}, "weight_map": places}, indent=2) + "\n", encoding="utf-8")

@@ -113,4 +113,7 @@ def write(folder: Path, tensors: Tensors, config: Config, eot_id: int, shard_byt
     write_folder(folder, tensors, about, shard_bytes)
 
 
-LAYOUT = Layout("transformers", "samba", matches, infer, (), from_transformers, to_transformers, to_transformers, write, renamed)
+LAYOUT = Layout(
+    "transformers", "samba", matches, infer, (), from_transformers, to_transformers, to_transformers, write, renamed,
+    engines=("transformers",),
+)  # fmt: skip

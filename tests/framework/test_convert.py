@@ -8,7 +8,7 @@ from omegaconf import OmegaConf
 from tokenizers import Tokenizer as Backend
 from tokenizers import models
 
-from components.contracts import UserError
+from components.contracts import RopeRegime, RopeSpec, UserError
 from components.data.tokenizers import EOT, SPECIALS, bytes_tokenizer
 from components.interop import read
 from components.interop.files import write_folder, write_pth
@@ -68,7 +68,8 @@ def test_a_run_goes_out_and_comes_back_bit_for_bit(folder, layout, capsys):
     assert len(said) == 2 and said[0].startswith(f"{out}: ") and f"python generate.py ckpt={back}" in said[1]
     before, after = (build.load_run(path) for path in (folder / "run", back))
     assert torch.equal(logits(before.model, IDS), logits(after.model, IDS))
-    assert (out / "tokenizer.json").read_text() == (folder / "run" / "tokenizer" / "tokenizer.json").read_text()
+    written, own = (json.loads((place / "tokenizer.json").read_text()) for place in (out, folder / "run" / "tokenizer"))
+    assert written | {"post_processor": None} == own  # a Hugging Face folder frames texts for those who read it
     w = read(out).tensors
     oracle = (
         reference_logits
@@ -99,6 +100,35 @@ def test_transformers_own_folder_comes_in_and_goes_out(folder):
         assert torch.equal(again(IDS).logits, expected)
 
 
+def test_longrope_comes_in_with_a_folder_of_transformers_and_goes_out(tmp_path, capsys):
+    """Both tables and the attention factor of both regimes: logits at, and past, the switch; and the folder written again."""
+    transformers = pytest.importorskip("transformers", reason="the parity oracle; comes with the dev extra")
+    short, long = [1.0, 1.1, 1.2, 1.3, 1.4, 1.5], [1.0, 2.0, 3.0, 4.0, 5.0, 6.0]
+    about = transformers.Phi3Config(
+        vocab_size=320, hidden_size=64, num_hidden_layers=2, intermediate_size=96, num_attention_heads=4, num_key_value_heads=2,
+        tie_word_embeddings=True, sliding_window=None, max_position_embeddings=96, original_max_position_embeddings=24, pad_token_id=0,
+        rope_parameters={
+            "rope_type": "longrope", "rope_theta": 10000.0, "partial_rotary_factor": 0.75, "short_factor": short, "long_factor": long,
+            "original_max_position_embeddings": 24,
+        },
+    )  # fmt: skip
+    torch.manual_seed(0)
+    theirs = transformers.Phi3ForCausalLM(about).eval()
+    theirs.save_pretrained(tmp_path / "hf")
+    bytes_tokenizer().save(tmp_path / "hf")
+    assert command(tmp_path / "hf", "--to", tmp_path / "run") == 0
+    run = build.load_run(tmp_path / "run")
+    assert run.model.rope_spec.bounds == (24,) and run.cfg.rope.attention_factor.policy == "both"
+    assert command(tmp_path / "run", "--to", tmp_path / "out", "--format", "phi3") == 0
+    again = transformers.Phi3ForCausalLM.from_pretrained(tmp_path / "out").eval()
+    for length in (24, 25, 60):
+        ids = torch.arange(length)[None] * 31 % 320
+        with torch.no_grad():
+            expected = theirs(ids).logits
+            assert torch.equal(again(ids).logits, expected)
+        assert (logits(run.model, ids) - expected).abs().max() <= 1e-5 * expected.abs().max() + 2e-6
+
+
 @pytest.mark.slow
 def test_an_adapter_is_merged_into_what_is_written(folder):
     """The run directory of a model with LoRA, as training leaves it."""
@@ -126,7 +156,7 @@ def test_rows_are_added_for_special_tokens_that_the_tokenizer_lacks(tmp_path, ca
     about = {"model_type": "samba", "attn": {"num_heads": 4, "window_size": 7, "rope_theta": 10000.0}}
     write_folder(tmp_path, w, about)
     assert command(tmp_path, "--to", tmp_path / "run") == 0
-    assert "64 rows added to the 256" in capsys.readouterr().out
+    assert "64 rows added to the 256" in capsys.readouterr().err
     run = build.load_run(tmp_path / "run")
     expected = fla_logits(w, IDS, 4, 7)
     assert (logits(run.model, IDS)[..., :256].double() - expected).norm() <= 1e-5 * expected.norm()
@@ -146,15 +176,18 @@ def test_a_foreign_end_of_text_becomes_ours(tmp_path, capsys):
     assert tokenizer.eot_id == 2 and tokenizer.vocab_size == 4 + len(SPECIALS) - 1 and tokenizer.encode("ab") == [0, 1]
     assert EOT in json.loads((tmp_path / "run" / "tokenizer" / "tokenizer.json").read_text())["model"]["vocab"]
     refused(capsys, tmp_path / "ref.pth", "--to", tmp_path / "x", *HEADS, "--eot", "<s>", says="special tokens </s>, <unk>")
+    (tmp_path / "tokenizer_config.json").write_text('{"eos_token": "</s>"}')  # as Hugging Face folders say it
+    own = convert.own_tokenizer(tmp_path / "tokenizer.json", None)
+    assert own.eot_id == 2 and own.stop_ids[0] == 2
 
 
 def test_mistakes_of_an_import(folder, tmp_path, capsys):
     ref, to = folder / "ref.pth", ("--to", tmp_path / "new")
     tokenizer = ("--tokenizer", folder / "tokenizer")
     refused(capsys, ref, *to, *tokenizer, says="model.num_heads, model.window: not stored")
-    refused(capsys, ref, *to, *HEADS, says="add --tokenizer FILE")
+    refused(capsys, ref, *to, *HEADS, says="RUN_DIR --tokenizer FILE")
     refused(capsys, ref, *to, *HEADS, "--tokenizer", tmp_path / "none.json", says="none.json")
-    refused(capsys, ref, *to, *HEADS, *tokenizer, "--from", "foo", says="'foo' is not one of fla, samba, transformers")
+    refused(capsys, ref, *to, *HEADS, *tokenizer, "--from", "foo", says="'foo' is not one of fla, phi3, samba, transformers")
     refused(capsys, ref, *to, *HEADS, *tokenizer, "--from", "fla", says="backbone.embeddings.weight")
     refused(capsys, ref, *to, *HEADS, *tokenizer, "seed=3", says="only model.KEY=VALUE")
     refused(capsys, ref, *to, *HEADS, *tokenizer, "model.hidden_size=32", says="of other sizes")
@@ -209,10 +242,21 @@ def test_what_does_not_survive_is_a_defect_and_leaves_nothing(folder, tmp_path, 
 
     original = layout.from_foreign
     broken = type(layout)(**{**vars(layout), "from_foreign": forgetful})
-    monkeypatch.setattr(convert, "layout_named", lambda *_: broken)
+    monkeypatch.setattr(convert, "layout_for", lambda *_: broken)
     assert command(folder / "run", "--to", tmp_path / "x", "--format", "samba") == 1
     assert "the logits differ" in capsys.readouterr().err
     assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize(("factor", "policy"), [(1.0, "none"), (1.25, "both")])
+@pytest.mark.parametrize("ends", [(), (64,)])
+def test_a_rule_in_words_is_the_rule(factor, policy, ends):
+    """The policy of a file, and one table where it has one: composed again, the words give the same RopeSpec."""
+    tables = [(1.0, 1.5, 2.0), (1.0, 2.0, 3.0)][-1 - len(ends) :]
+    regimes = tuple(RopeRegime(table, factor, end) for table, end in zip(tables, [*ends, None], strict=True))
+    spec = RopeSpec(6, 10000.0, regimes, 64, 256, "longrope")
+    rope = build.compose("train", ["model=phi4mini", "model/size=test", *convert.rope_words(spec)]).rope
+    assert rope.attention_factor.policy == policy and build.build(rope).spec(6, 10000.0, 64) == spec
 
 
 def test_model_words_are_typed():

@@ -1,8 +1,9 @@
 """Small random models of ours, and random checkpoints of the foreign layouts made name by name from their descriptions."""
 
+import pytest
 import torch
 
-from components.contracts import Batch
+from components.contracts import Batch, UserError
 from components.models.samba import Samba
 from components.rope.rules import NoRescaling
 
@@ -86,3 +87,12 @@ def fla_checkpoint(heads="gqa", layers=4, width=64, inner=256, rows=96):
                 p + "mixer.o_proj.weight": draw(width, q * size)
             }
     return w
+
+
+def refused(call, *words):
+    """The error is one line that holds all the words."""
+    with pytest.raises(UserError) as caught:
+        call()
+    line = str(caught.value)
+    assert "\n" not in line
+    assert all(word in line for word in words), line

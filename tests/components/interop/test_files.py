@@ -109,3 +109,9 @@ def test_an_index_that_its_files_contradict(tmp_path):
     change(places | {"c": "../model.safetensors"}, "not a file beside it")
     change(places | {"c": "gone.safetensors"}, "gone.safetensors: no such file")
     change({}, "has no weight_map")
+
+
+def test_weights_that_cannot_be_written_are_one_line(tmp_path):
+    (tmp_path / "model.safetensors").mkdir()
+    with pytest.raises(UserError, match=r"model\.safetensors: cannot be written \(.*\); is the disk full\?"):
+        write_folder(tmp_path, {"w": torch.zeros(2)}, {})

@@ -10,7 +10,7 @@ from components.interop.samba_fla import config_json, from_fla, to_fla
 from components.interop.samba_reference import from_samba, to_samba
 from components.models.samba import Samba
 from components.rope.rules import NoRescaling
-from tests.components.interop.models import HEADS, config, fla_checkpoint, logits, model, reference_checkpoint
+from tests.components.interop.models import HEADS, config, fla_checkpoint, logits, model, reference_checkpoint, refused
 from tests.components.interop.oracle import fla_logits, reference_logits
 
 IDS = torch.randint(96, (2, 23), generator=torch.Generator().manual_seed(5))
@@ -106,15 +106,6 @@ def test_half_precision_and_wrapped_names_are_read():
     assert torch.equal(state["embed_tokens.weight"], w["transformer.wte.weight"].bfloat16().float())
     with pytest.raises(UserError, match=r"another tensor is lm_head\.weight too"):
         unwrapped({"lm_head.weight": torch.zeros(1), "module.lm_head.weight": torch.zeros(1)})
-
-
-def refused(call, *words):
-    """The error is one line that holds all the words."""
-    with pytest.raises(UserError) as caught:
-        call()
-    line = str(caught.value)
-    assert "\n" not in line
-    assert all(word in line for word in words), line
 
 
 def test_unknown_and_missing_tensors_are_all_named():

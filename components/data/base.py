@@ -16,6 +16,7 @@ from components.data.rows import DocumentRows, Rows, RunningRows
 from components.data.stream import HeldOutBatches, PackedStream
 from components.data.token_file import CODE_VERSION, TokenFile, cache_lock, intact, replacing, write_token_file
 from components.data.tokenizers import FILE_NAME, SPLIT_PATTERN, Tokenizer, bytes_tokenizer, check_tokenizer_options, train_bpe
+from components.data.window_mix import WindowMix
 
 SPLITS = ("train", "val")
 
@@ -28,13 +29,17 @@ class CorpusData:
     """
 
     document_mask = True  # attention, state and positions stay inside a document of a packed row
+    window_mix: WindowMix | None = None  # rows of two window lengths, each with its RoPE regime
     eval_lengths: Sequence[int] = ()  # further lengths of rows that the held-out text is measured in
     whole_documents = False  # pack whole documents into rows instead of cutting running text
+    packed = True  # several of those documents in a row
     source = ""  # what the summary calls the data
+    stream_type: type[PackedStream] = PackedStream
 
     def __init__(self, tokenizer: Mapping[str, Any], seq_len: int, batch_size: int, num_workers: int) -> None:
         self.seq_len = at_least("data.seq_len", seq_len, 2)
         self.batch_size = at_least("data.batch_size", batch_size, 1)
+        self._drawn = self.batch_size  # rows that a micro-batch draws, or pairs of rows
         self._num_workers = at_least("data.num_workers", num_workers, 0)
         self._tokenizer_options = check_tokenizer_options(tokenizer)
         self._tokenizer: Tokenizer | None = None
@@ -82,10 +87,10 @@ class CorpusData:
 
     def train_stream(self, seed: int, accumulate: int = 1, rank: int = 0, world_size: int = 1) -> PackedStream:
         """Return the endless stream of micro-batches of one rank. Raises UserError when the data fill no micro-batch."""
-        return PackedStream(
+        return self.stream_type(
             self._train_rows(),
             self.seq_len,
-            self.batch_size,
+            self._drawn,
             self.tokenizer.eot_id,
             seed,
             weights=self._weights,
@@ -94,6 +99,7 @@ class CorpusData:
             world_size=world_size,
             num_workers=self._num_workers,
             document_mask=self.document_mask,
+            window_mix=self.window_mix,
         )
 
     def _train_rows(self) -> list[Rows]:
@@ -101,7 +107,8 @@ class CorpusData:
             return self._rows
         rows: list[Rows] = []
         for file in self._files["train"]:
-            one: Rows = DocumentRows(file, self.seq_len) if self.whole_documents else RunningRows(file, self.seq_len)
+            whole = self.whole_documents
+            one: Rows = DocumentRows(file, self.seq_len, packed=self.packed) if whole else RunningRows(file, self.seq_len)
             if one.count == 0:
                 raise UserError(
                     f"data.seq_len: {self.seq_len}; the training text has only {len(file.tokens) - 1} tokens, fewer than one row; lower it "

@@ -6,15 +6,20 @@ from collections.abc import Mapping, Sequence
 from functools import partial
 from typing import Any
 
-from components.contracts import UserError
+from components.contracts import Tokenizer, UserError
 from components.data.base import CorpusData
 from components.data.documents import Corpus, Piece
 from components.data.errors import choice, fraction
 from components.data.sources import FileCorpus, PathSpec, Record, file_sets, parse_entries
-from components.data.tokenizers import ASSISTANT, END, SYSTEM, USER
+from components.data.tokenizers import ASSISTANT, END, EOT, SYSTEM, USER
 
 ROLES = {"system": SYSTEM, "user": USER, "assistant": ASSISTANT}
 LOSS_ON = ("completion", "all")
+CHAT_TURN = f"'<|' + message['role'] + '|>' + message['content'] + '{END}'"  # in Jinja, as Hugging Face's tokenizers run it
+CHAT_TEMPLATE = (  # what `ChatData.render` does where the user's turn is the last
+    f"{{{{ '{EOT}' }}}}{{% for message in messages %}}{{{{ {CHAT_TURN} }}}}{{% endfor %}}"
+    f"{{% if add_generation_prompt %}}{{{{ '{ASSISTANT}' }}}}{{% endif %}}"
+)
 Message = Mapping[str, str]
 
 
@@ -37,6 +42,19 @@ def turns(messages: Sequence[Message], loss_on: str, where: str) -> tuple[Piece,
     return tuple(pieces)
 
 
+def prompt_ids(tokenizer: Tokenizer, messages: Sequence[Message]) -> list[int]:
+    """Ids that ask a model for the next assistant turn: see `ChatData.render`."""
+    pieces = list(turns(messages, "all", "messages"))
+    if messages[-1]["role"] == "assistant":
+        pieces.pop()
+    else:
+        pieces.append(Piece(ASSISTANT, special=True))
+    ids = [tokenizer.eot_id]
+    for piece in pieces:
+        ids += [tokenizer.special_id(piece.text)] if piece.special else tokenizer.encode(piece.text)
+    return ids
+
+
 def conversation(loss_on: str, file: str, place: str, record: Record) -> tuple[Piece, ...]:
     """Render a row with `messages`, or with `prompt` and `completion`. Raises UserError naming the row when it has neither."""
     where = f"{file}, {place}"
@@ -55,19 +73,21 @@ def conversation(loss_on: str, file: str, place: str, record: Record) -> tuple[P
 
 
 class ChatData(CorpusData):
-    """Conversations from `path` (.jsonl, .parquet or hub:NAME; same forms as for text), whole ones in a row.
+    """Conversations from `path` (.jsonl, .parquet or hub:NAME; same forms as for text), whole ones in a row; without `pack` one a row.
 
     Rows hold `messages` [{role: system | user | assistant, content}], or `prompt` and `completion`. loss_on: completion or all.
     A conversation longer than seq_len is cut in training (the summary counts them) and goes on in a further row when held out.
     """
 
     whole_documents = True
+    chat_template = CHAT_TEMPLATE
 
     def __init__(
         self, path: PathSpec | None, tokenizer: Mapping[str, Any], seq_len: int, batch_size: int, val_fraction: float,
-        val_path: PathSpec | None, loss_on: str, encoding_errors: str, num_workers: int,
+        val_path: PathSpec | None, loss_on: str, pack: bool, encoding_errors: str, num_workers: int,
     ) -> None:  # fmt: skip
         super().__init__(tokenizer, seq_len, batch_size, num_workers)
+        self.packed = pack
         if path is None:
             raise UserError("data.path: missing; give a .jsonl or .parquet file, a folder, glob or hub:NAME (data.path=chats.jsonl)")
         errors: Any = choice("data.encoding_errors", encoding_errors, ("strict", "replace"))
@@ -87,12 +107,4 @@ class ChatData(CorpusData):
 
         Raises UserError for what is no conversation.
         """
-        pieces = list(turns(messages, "all", "messages"))
-        if messages[-1]["role"] == "assistant":
-            pieces.pop()
-        else:
-            pieces.append(Piece(ASSISTANT, special=True))
-        ids = [self.tokenizer.eot_id]
-        for piece in pieces:
-            ids += [self.tokenizer.special_id(piece.text)] if piece.special else self.tokenizer.encode(piece.text)
-        return ids
+        return prompt_ids(self.tokenizer, messages)

@@ -61,10 +61,11 @@ class RunningRows:
 class DocumentRows:
     """Rows of whole documents, packed best-fit-decreasing; the same rows in every pass, in another order.
 
-    A document longer than a row is cut to it, or goes on in further rows when `split_long`. Rows without a label are left out.
+    A document longer than a row is cut to it, or goes on in further rows when `split_long`. Rows without a label are left out. packed:
+    False gives every document a row of its own.
     """
 
-    def __init__(self, file: TokenFile, seq_len: int, split_long: bool = False) -> None:
+    def __init__(self, file: TokenFile, seq_len: int, split_long: bool = False, packed: bool = True) -> None:
         self.file = file
         self.truncated = int((np.diff(file.documents) > seq_len).sum())  # documents longer than a row
         pieces, rests = [], []
@@ -72,7 +73,7 @@ class DocumentRows:
             pieces.append((start, min(end - start, seq_len)))
             if split_long:
                 rests += [(s, min(seq_len, end - s)) for s in range(start + seq_len, end, seq_len)]
-        rows = pack(pieces, rests, seq_len)
+        rows = pack(pieces, rests, seq_len) if packed else [[span] for span in [*pieces, *rests]]
         counted = [self._count(row) for row in rows]
         self._rows = [row for row, n in zip(rows, counted, strict=True) if n]
         self._labels = np.array([n for n in counted if n], np.int64)

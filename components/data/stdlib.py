@@ -14,6 +14,7 @@ from components.contracts import UserError
 from components.data.base import CorpusData
 from components.data.documents import Corpus, Document, Piece, digest, held_out_keys
 from components.data.errors import fraction, lengths, unreadable
+from components.data.window_mix import WindowMix
 
 LEFT_OUT_FOLDERS = frozenset(
     ("site-packages", "dist-packages", "test", "tests", "idle_test", "__pycache__", "pydoc_data", "lib-dynload", "node_modules")
@@ -86,9 +87,10 @@ class StdlibData(CorpusData):
 
     def __init__(
         self, tokenizer: Mapping[str, Any], seq_len: int, batch_size: int, val_fraction: float, document_mask: bool,
-        eval_lengths: Sequence[int], num_workers: int,
+        eval_lengths: Sequence[int], num_workers: int, window_mix: Mapping[str, Any] | None,
     ) -> None:  # fmt: skip
         super().__init__(tokenizer, seq_len, batch_size, num_workers)
+        self.window_mix = WindowMix.of(window_mix)
         self.document_mask, self.eval_lengths = document_mask, lengths("data.eval_lengths", eval_lengths)
         self._corpus = StdlibCorpus(Path(sysconfig.get_path("stdlib")), fraction("data.val_fraction", val_fraction))
         self.source = self._corpus.name

@@ -14,6 +14,7 @@ from torch.utils.data import DataLoader, Dataset
 from components.contracts import IGNORE, Batch, UserError
 from components.data.rows import DocumentRows, Rows, Span, make_batch
 from components.data.token_file import TokenFile
+from components.data.window_mix import WindowMix
 
 PREFETCH = 4  # micro-batches that each worker prepares ahead
 
@@ -25,6 +26,7 @@ class Plan:
     source: np.ndarray  # int64, which of the sources
     key: np.ndarray  # int64, the source's own name of the row
     labels: np.ndarray  # int64, labels of the row that count in the loss
+    long: np.ndarray | None = None  # bool, rows of a long window where there are two kinds
 
 
 def quotas(weights: Sequence[float], total: int) -> list[int]:
@@ -61,12 +63,13 @@ class PackedStream:
 
     An epoch has as many rows as the sources together, less what does not fill a micro-batch on every rank; which rows are left out changes
     from epoch to epoch. `accumulate` micro-batches make an optimizer step; the last step of an epoch may have fewer. `weights` None draws
-    each row of each source once. Raises UserError when one micro-batch for every rank cannot be filled.
+    each row of each source once. `window_mix`: see there. Raises UserError when one micro-batch for every rank cannot be filled.
     """
 
     def __init__(
         self, sources: Sequence[Rows], seq_len: int, batch_size: int, eot_id: int, seed: int, *, weights: Sequence[float] | None = None,
         accumulate: int = 1, rank: int = 0, world_size: int = 1, num_workers: int = 0, document_mask: bool = True,
+        window_mix: WindowMix | None = None,
     ) -> None:  # fmt: skip
         rows = sum(source.count for source in sources)
         self._length = rows // (batch_size * world_size)
@@ -79,6 +82,7 @@ class PackedStream:
         self._weights = list(weights) if weights is not None else [float(source.count) for source in sources]
         self._shape = (self._length, world_size, batch_size)
         self._accumulate, self._rank, self._num_workers, self._document_mask = accumulate, rank, num_workers, document_mask
+        self._window_mix = window_mix
         self._epoch = self._position = 0
         self._plan = lru_cache(maxsize=1)(self._make_plan)
 
@@ -124,19 +128,31 @@ class PackedStream:
         )
 
     def _make_plan(self, epoch: int) -> Plan:
-        return plan_epoch(self._sources, self._weights, self._shape, self._seed, epoch)
+        plan = plan_epoch(self._sources, self._weights, self._shape, self._seed, epoch)
+        mix = self._window_mix
+        if mix is None:
+            return plan
+        drawn = mix.long_source is None
+        return replace(plan, long=mix.long_rows(self._shape, self._seed, epoch) if drawn else plan.source == mix.long_source)
 
     def batch(self, epoch: int, position: int) -> Batch:
         """Return the micro-batch at a place of an epoch, for this rank."""
         plan = self._plan(epoch)
         chosen = zip(plan.source[position, self._rank].tolist(), plan.key[position, self._rank].tolist(), strict=True)
-        rows = [(self._sources[i].file, self._sources[i].spans(key)) for i, key in chosen]
+        rows = self._rows([(self._sources[i], key) for i, key in chosen])
         window = position // self._accumulate * self._accumulate
+        batch = make_batch(rows, self._seq_len, self._eot_id, self._document_mask)
+        if self._window_mix is not None and plan.long is not None:
+            batch = self._window_mix.apply(batch, plan.long[position, self._rank])
         return replace(
-            make_batch(rows, self._seq_len, self._eot_id, self._document_mask),
+            batch,
             loss_tokens=int(plan.labels[window : window + self._accumulate].sum()),
             index=epoch * self._length + position,
         )
+
+    def _rows(self, chosen: list[tuple[Rows, int]]) -> list[tuple[TokenFile, list[Span]]]:
+        """What stands in each row of a micro-batch."""
+        return [(source.file, source.spans(key)) for source, key in chosen]
 
     def __getstate__(self) -> dict[str, object]:
         return {name: value for name, value in self.__dict__.items() if name != "_plan"}

@@ -10,6 +10,7 @@ from components.data.base import CorpusData
 from components.data.documents import Corpus
 from components.data.errors import choice, fraction, lengths
 from components.data.sources import PathSpec, text_corpora
+from components.data.window_mix import WindowMix
 
 
 class TextData(CorpusData):
@@ -23,9 +24,11 @@ class TextData(CorpusData):
     def __init__(
         self, path: PathSpec | None, tokenizer: Mapping[str, Any], seq_len: int, batch_size: int, val_fraction: float,
         val_path: PathSpec | None, column: str, encoding_errors: str, document_mask: bool, eval_lengths: Sequence[int], num_workers: int,
+        window_mix: Mapping[str, Any] | None,
     ) -> None:  # fmt: skip
         super().__init__(tokenizer, seq_len, batch_size, num_workers)
         self.document_mask, self.eval_lengths = document_mask, lengths("data.eval_lengths", eval_lengths)
+        self.window_mix = WindowMix.of(window_mix)
         if path is None:
             raise UserError("data.path: missing; give a file, folder, glob or hub:NAME (data.path=notes.txt), or a list of them")
         errors: Any = choice("data.encoding_errors", encoding_errors, ("strict", "replace"))

@@ -27,6 +27,7 @@ EOT, SYSTEM, USER, ASSISTANT, END = "<|endoftext|>", "<|system|>", "<|user|>", "
 SPECIALS = (EOT, SYSTEM, USER, ASSISTANT, END)
 KINDS = ("bpe", "bytes", "hf")
 FILE_NAME = "tokenizer.json"
+STOPS_FILES = ("generation_config.json", "config.json")  # beside it, the first that names eos_token_id says where generation stops
 TRAIN_BYTES = 64 * 2**20  # BPE merges are settled by far less text; the rest would only cost time
 
 SPLIT_PATTERN = "|".join(
@@ -51,10 +52,12 @@ def _byte_alphabet() -> dict[int, str]:
 class Tokenizer:
     """A `tokenizers` tokenizer that never turns user text into a special token, and that knows the five specials by name.
 
-    Specials that the backend lacks are appended to its vocabulary; those it has keep their ids.
+    Specials that the backend lacks are appended to its vocabulary; those it has keep their ids. `stop_ids` end what a model says: the end
+    of text, the end of a turn, and the ids in `stops`, which others' models have besides; they are not stored in tokenizer.json.
+    `unsaid_ids` begin a turn, which is never the model's to do, or stand for no token: a vocabulary may have holes.
     """
 
-    def __init__(self, backend: Backend) -> None:
+    def __init__(self, backend: Backend, stops: Iterable[int] = ()) -> None:
         backend.add_special_tokens([AddedToken(name, special=True, normalized=False) for name in SPECIALS])
         backend.no_truncation()
         backend.no_padding()
@@ -62,12 +65,17 @@ class Tokenizer:
         self._backend = backend
         self._specials = {token.content: i for i, token in backend.get_added_tokens_decoder().items() if token.special}
         self._special_ids = frozenset(self._specials.values())
-        self.vocab_size: int = max(backend.get_vocab(with_added_tokens=True).values()) + 1
+        known = set(backend.get_vocab(with_added_tokens=True).values())
+        self.vocab_size: int = max(known) + 1
         self.eot_id: int = self._specials[EOT]
+        own = (self.eot_id, self._specials[END])
+        self.stop_ids: tuple[int, ...] = tuple(dict.fromkeys([*own, *(i for i in stops if 0 <= i < self.vocab_size)]))
+        unsaid = {self._specials[role] for role in (SYSTEM, USER, ASSISTANT)} - set(self.stop_ids) | (set(range(self.vocab_size)) - known)
+        self.unsaid_ids: tuple[int, ...] = tuple(sorted(unsaid))
 
     @classmethod
     def load(cls, path: Path | str) -> Tokenizer:
-        """Read a tokenizer.json, or the one inside a folder. Raises UserError when it is missing or no tokenizer."""
+        """Read a tokenizer.json, or the one inside a folder, and the stop ids beside it. Raises UserError when it is missing or none."""
         given = Path(path).expanduser()
         file = given / FILE_NAME if given.is_dir() else given
         if not file.exists():
@@ -79,21 +87,25 @@ class Tokenizer:
         except UnicodeDecodeError:
             raise UserError(f"{file}: not a tokenizer.json of the tokenizers library (not even text)") from None
         try:
-            return cls(Backend.from_str(content))
+            return cls(Backend.from_str(content), stops_beside(file))
         except Exception as error:  # the library raises a bare Exception for everything
             raise UserError(f"{file}: not a tokenizer.json of the tokenizers library ({str(error).splitlines()[0]})") from None
 
     def save(self, folder: Path) -> None:
-        """Write `folder`/tokenizer.json (temporary name, then renamed)."""
+        """Write `folder`/tokenizer.json (temporary name, then renamed), and the stop ids beside it where there are further ones."""
+        files = {FILE_NAME: self.to_json()}
+        if len(self.stop_ids) > 2:
+            files[STOPS_FILES[0]] = json.dumps({"eos_token_id": list(self.stop_ids)}) + "\n"
         folder = Path(folder)
-        temporary = folder / f".{FILE_NAME}.{os.getpid()}.tmp"
-        try:
-            folder.mkdir(parents=True, exist_ok=True)
-            temporary.write_text(self.to_json(), encoding="utf-8")
-            os.replace(temporary, folder / FILE_NAME)
-        except OSError as error:
-            temporary.unlink(missing_ok=True)
-            raise unwritable(folder, error) from None
+        for name, content in files.items():
+            temporary = folder / f".{name}.{os.getpid()}.tmp"
+            try:
+                folder.mkdir(parents=True, exist_ok=True)
+                temporary.write_text(content, encoding="utf-8")
+                os.replace(temporary, folder / name)
+            except OSError as error:
+                temporary.unlink(missing_ok=True)
+                raise unwritable(folder, error) from None
 
     def to_json(self) -> str:
         """Return the content of tokenizer.json."""
@@ -184,6 +196,17 @@ class Tokenizer:
             if i not in added:
                 pieces[i] = bytes(from_char[c] for c in token) if all(c in from_char for c in token) else token.encode()
         return pieces
+
+
+def stops_beside(file: Path) -> list[int]:
+    """The ids that generation_config.json or config.json beside a tokenizer.json gives as eos_token_id; [] where they say nothing."""
+    for name in STOPS_FILES:
+        try:
+            told = json.loads((file.parent / name).read_text(encoding="utf-8"))["eos_token_id"]
+        except (OSError, ValueError, KeyError, TypeError):
+            continue
+        return [i for i in (told if isinstance(told, list) else [told]) if isinstance(i, int) and not isinstance(i, bool)]
+    return []
 
 
 class StreamDecoder:

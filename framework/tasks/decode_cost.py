@@ -4,23 +4,21 @@ from __future__ import annotations
 
 import ctypes
 import gc
-import itertools
 import os
 import statistics
 import time
 from collections.abc import Callable
-from contextlib import AbstractContextManager
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
 
 import torch
 from torch import Tensor
 
-from components.contracts import IGNORE, Batch, Data, UserError
+from components.contracts import Batch, UserError
 from components.decode_state import DecodeState
 from components.decoding.graph_step import StaticStep
-from framework.procedure import Context, Procedure
+from framework.build import read_config
+from framework.procedure import Context, Procedure, autocast, refuse_unheard, text_ids
 
 WARM_UP = 2  # tokens of each turn that are not counted: the first meets caches full of another position's state
 
@@ -53,7 +51,10 @@ class DecodeCost(Procedure):
     decode/state_bytes@P; prefill/seconds@P, from the first token to P; decode/rss_growth_bytes: by how much the process is larger at the
     largest position than at the smallest (Linux; copies kept for the timing are not counted); decode/state_growth_bytes: the state itself.
 
-    Raises: UserError for a number below 1, fewer than two positions, or data with too few tokens.
+    Keys about how a run trains (optimizer, schedule, trainer.max_steps, ...) have a value in every run and mean nothing here. One that asks
+    for something which is off by default, and would not happen, is refused.
+
+    Raises: UserError for a number below 1, fewer than two positions, data with too few tokens, or a key of ASKS that is set.
     """
 
     def __init__(self, positions: list[int], tokens: int, repeats: int, prefill_chunk: int) -> None:
@@ -72,7 +73,8 @@ class DecodeCost(Procedure):
 
     def run(self, context: Context) -> dict[str, float]:
         """Measure; rows of metrics.csv are one a position."""
-        ids = text_ids(context.data, self.positions[-1] + 1, context.seed)[None].to(context.device)
+        refuse_unheard(read_config(context.run_dir))
+        ids = text_ids(context.data, self.positions[-1] + 1, context.seed, "task.positions")[None].to(context.device)
         with torch.inference_mode(), autocast(context):
             self._warm_up(context, ids)
             places, rss_growth = self._prefill(context, ids)
@@ -146,22 +148,6 @@ class DecodeCost(Procedure):
         return self.repeats * (WARM_UP + self.tokens)
 
 
-def text_ids(data: Data, count: int, seed: int) -> Tensor:
-    """(count,) int64: tokens of the held-out text in reading order, then of the training text.
-
-    Raises: UserError where there are not so many.
-    """
-    epoch = data.train_stream(seed)
-    found: list[Tensor] = []
-    for batch in itertools.chain(data.val_batches(), itertools.islice(epoch, len(epoch))):
-        assert batch.labels is not None
-        found.append(batch.labels[batch.labels != IGNORE])
-        if sum(map(len, found)) >= count:
-            return torch.cat(found)[:count].long()
-    have = sum(map(len, found))
-    raise UserError(f"task.positions: the data has {have:,} tokens and {count:,} are needed; lower the largest position or give more text")
-
-
 def stepper(context: Context, state: DecodeState) -> Callable[[Tensor], Tensor]:
     """token (1, 1) -> logits (1, V), from the state on: as a CUDA graph on a GPU where the state is of constant size."""
     model = context.model
@@ -170,10 +156,6 @@ def stepper(context: Context, state: DecodeState) -> Callable[[Tensor], Tensor]:
         static.load(state)
         return static
     return lambda token: model.logits(model(Batch(token), state).hidden[:, -1])
-
-
-def autocast(context: Context) -> AbstractContextManager[Any]:
-    return torch.autocast(context.device.type, context.dtype, enabled=context.dtype != torch.float32)
 
 
 def synchronize(device: torch.device) -> None:

@@ -13,15 +13,17 @@ from components.contracts import IGNORE, Batch
 from components.losses.lm import bits_per_byte, next_token_loss, nll_sum
 from framework.callbacks.nan_guard import gradient_norm
 from framework.distributed import reduced
+from framework.likelihood import label_likelihood
 
 LOSS_ON = ("all", "completion")
-EVALUATED_ROWS = 1024  # of logits at a time
 MakeOptimizer = Callable[[nn.Module], torch.optim.Optimizer]
 MakeSchedule = Callable[[torch.optim.Optimizer, int], torch.optim.lr_scheduler.LRScheduler]
 
 
 class LanguageModelTask(pl.LightningModule):
     """Minimises the mean negative log-likelihood of the counted labels of each optimizer step, plus the model's own auxiliary losses."""
+
+    takes_pairs = False  # of answers to compare, which the data must then hold
 
     def __init__(
         self, model: nn.Module, make_optimizer: MakeOptimizer, make_schedule: MakeSchedule, val_bytes: int, loss_on: str = "all"
@@ -125,20 +127,10 @@ class LanguageModelTask(pl.LightningModule):
         done = scheduler.last_epoch - 1
         return [base * factor(done) for base, factor in zip(scheduler.base_lrs, scheduler.lr_lambdas)]
 
-    @torch.no_grad()
     def evaluate(self, batches: Iterable[Batch]) -> dict[str, float]:
-        """Loss a label, and the share of labels that the model finds most likely. Whoever calls sets precision and evaluation mode."""
-        nll, right, tokens = 0.0, 0, 0
-        for batch in batches:
-            batch = batch.to(self.device)
-            assert batch.labels is not None
-            counted = batch.labels != IGNORE
-            hidden, labels = self.model(batch).hidden[counted], batch.labels[counted]  # (M, D), (M,)
-            nll += float(nll_sum(hidden[None], self.model.head_weight, labels[None])[0])  # type: ignore[arg-type]
-            for rows, wanted in zip(hidden.split(EVALUATED_ROWS), labels.split(EVALUATED_ROWS)):
-                right += int((self.model.logits(rows).argmax(dim=1) == wanted).sum())  # type: ignore[operator]
-            tokens += len(labels)
-        return {"loss": nll / tokens, "accuracy": right / tokens} if tokens else {}
+        """Loss a label and accuracy, see `label_likelihood`. Whoever calls sets precision and evaluation mode."""
+        found = label_likelihood(self.model, batches, self.device)
+        return {key: found[key] for key in ("loss", "accuracy") if found}
 
     def on_validation_epoch_start(self) -> None:
         self.val_nll = torch.zeros((), dtype=torch.float64, device=self.device)

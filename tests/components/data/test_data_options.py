@@ -24,13 +24,13 @@ PROSE = "".join(f"Line {i} says that {i * i} is the square of {i}.\n" for i in r
 
 def text_data(path, tokenizer=BYTES, **changes):
     options = {"seq_len": 32, "batch_size": 4, "val_fraction": 0.1, "val_path": None, "column": "text", "encoding_errors": "strict"}
-    options |= {"document_mask": True, "eval_lengths": [], "num_workers": 0}
+    options |= {"document_mask": True, "eval_lengths": [], "num_workers": 0, "window_mix": None}
     return TextData(path=path, tokenizer=tokenizer, **(options | changes))
 
 
 def chat_data(path, **changes):
     options = {"tokenizer": BYTES, "seq_len": 96, "batch_size": 2, "val_fraction": 0.1, "val_path": None, "loss_on": "completion"}
-    return ChatData(path=path, **(options | {"encoding_errors": "strict", "num_workers": 0} | changes))
+    return ChatData(path=path, **(options | {"pack": True, "encoding_errors": "strict", "num_workers": 0} | changes))
 
 
 def probes(kind="passkey", **changes):
@@ -41,9 +41,10 @@ def probes(kind="passkey", **changes):
         "val_documents": 8,
         "seed": 0,
         "loss_on": "completion",
+        "prompt_share": 1.0,
         "tokenizer": BYTES,
     }
-    options |= {"eval_lengths": [], "eval_documents": 6}
+    options |= {"eval_lengths": [], "eval_documents": 6, "window_mix": None}
     return SyntheticData(kind, **(options | {"seq_len": 160, "batch_size": 4, "num_workers": 0} | changes))
 
 
@@ -171,11 +172,12 @@ def test_a_weighted_mixture_draws_by_weight(tmp_path):
         (lambda p: probes("passkeys"), "data.kind: 'passkeys'.*did you mean 'passkey'"),
         (lambda p: probes(length=160), "data.length: 160; passkey needs from 128"),
         (lambda p: probes(seq_len=64), "data.length: 63"),
+        (lambda p: probes(prompt_share=1.5), "data.prompt_share: 1.5; must be between 0 and 1"),
         (lambda p: probes(shortest=100), "data.shortest: 100; passkey needs from 128 characters to data.length=159"),
         (lambda p: probes(eval_lengths=[100]), "data.eval_lengths: 100; passkey needs at least 128"),
         (lambda p: text_data(p, eval_lengths=[64, 64]), "data.eval_lengths: .*different whole numbers"),
         (lambda p: probes("copy", length=8, train_documents=1, val_documents=20_000), "data.val_documents: 20000; there are not so many"),
-        (lambda p: StdlibData(BYTES, 32, 4, 2.0, True, [], 0), "data.val_fraction: 2.0"),
+        (lambda p: StdlibData(BYTES, 32, 4, 2.0, True, [], 0, None), "data.val_fraction: 2.0"),
     ],
 )
 def test_mistakes_are_one_line(prose, tmp_path, make, message, monkeypatch):
@@ -214,6 +216,20 @@ def test_chat_form_and_its_labels(tmp_path):
     assert held_out[end] == held_out[tokenizer.eot_id] > 0
     assert data.val_bytes == held_out.total() - 2 * held_out[end]
     assert data.summary()["truncated"] == 0
+
+
+def test_unpacked_conversations_have_a_row_each(tmp_path):
+    """The same labels either way, in as many rows as there are conversations."""
+    rows = [{"prompt": f"q{i}", "completion": f"answer {i}"} for i in range(30)]
+    found, counts = [], []
+    for pack in (True, False):
+        data = chat_data(write_rows(tmp_path / "chats.jsonl", rows), pack=pack, batch_size=1)
+        data.prepare(tmp_path / "cache")
+        batches = list(data.train_stream(0))
+        found.append(sorted(labels_of(batches)))
+        counts.append([int((batch.position_ids == 0).sum()) - 1 for batch in batches])  # the padding is one too
+    assert found[0] == found[1] and len(counts[0]) < len(counts[1])
+    assert set(counts[1]) == {1} and sum(counts[0]) == sum(counts[1])
 
 
 def test_chat_counts_every_token_with_loss_on_all(tmp_path):
@@ -271,11 +287,14 @@ def test_probes_fit_are_answerable_and_are_held_out(kind, tmp_path):
     for prompt, answer in held_out:
         if kind == "arithmetic":
             assert int(answer.strip(".")) == eval(prompt.strip("="))
+        elif kind == "pairs":
+            assert prompt.count(f"#{prompt[-1]}{answer}") == 1
         else:
             assert prompt.count(answer.strip(" .")) == (2 if kind == "passkey" else 1)
     answers = data.tokenizer.decode(labels_of(data.val_batches()))
-    assert len(answers) == 8 if kind == "recall" else answers.count(".") == 8
-    assert data.val_bytes == sum(len(answer) for _, answer in held_out)
+    each = {"recall": 1, "pairs": 6}.get(kind)  # the questions before the last have answers too
+    assert len(answers) == 8 * each if each else answers.count(".") == 8
+    assert data.val_bytes == (8 * each if each else sum(len(answer) for _, answer in held_out))
     assert data.summary()["truncated"] == 0
 
 

@@ -200,3 +200,12 @@ def test_saved_file_is_one_that_the_tokenizers_library_reads(bpe, tmp_path):
     backend = Backend.from_file(str(tmp_path / "tokenizer.json"))
     assert backend.encode(CORPUS[3], add_special_tokens=False).ids == bpe.encode(CORPUS[3])
     assert json.loads((tmp_path / "tokenizer.json").read_text())["model"]["type"] == "BPE"
+
+
+def test_ids_without_a_token_are_never_said():
+    """A vocabulary may have holes: rows of the model that no text was ever made of."""
+    vocabulary = {letter: i for i, letter in enumerate("abcdefgh")} | {"z": 30}
+    tokenizer = Tokenizer(Backend(models.WordLevel(vocabulary, unk_token="a")))
+    specials = {name: tokenizer.special_id(name) for name in SPECIALS}
+    holes = set(range(31)) - set(vocabulary.values()) - set(specials.values())
+    assert len(holes) > 10 and set(tokenizer.unsaid_ids) == holes | {specials[f"<|{role}|>"] for role in ("system", "user", "assistant")}

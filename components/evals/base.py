@@ -1,0 +1,163 @@
+"""What the options of the group `eval` share: what they work with (`Exam`), what they give back (`Row`), and questions with known answers.
+
+An evaluation is a class with `name`, `rows(exam)` and `summary(rows)`. Most subclass `Questions` and say what is asked (`items`) and how an
+answer is scored (`score`); one that measures likelihoods alone writes its own `rows`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import dataclass, field
+from itertools import groupby
+from typing import Any, Protocol
+
+from components.contracts import Completion, Engine, Tokenizer, UserError
+
+PORTION = 1 << 15  # tokens scored in one call
+
+
+@dataclass
+class Exam:
+    """A run under test and what goes with it.
+
+    trained_length: tokens. limit: most tokens of prompt and answer that the engine takes, None for no end. frame: ids before and after what
+    a user says, as the run's training texts have them. text(least, most, key): ids of its held-out text in reading order, then of its
+    training text; key: of the configuration, to name where there are fewer than `least`. complete(prompts, max_new_tokens): (index,
+    completion) as they are finished, decoded as the user chose. another(path): the same exam, text included, for another run, as it was
+    trained; None is the run that this one started from. progress(done, total, what): how many of all tokens are read.
+    """
+
+    engine: Engine
+    tokenizer: Tokenizer
+    trained_length: int
+    limit: int | None
+    frame: tuple[list[int], list[int]]
+    text: Callable[[int, int, str], list[int]]
+    complete: Callable[[list[list[int]], int], Iterator[tuple[int, Completion]]]
+    another: Callable[[str | None], Exam]
+    progress: Callable[[int, int, str], None]
+
+    def check_length(self, key: str, length: int) -> None:
+        """Raise UserError, naming `key`, for a length beyond the limit."""
+        if self.limit is not None and length > self.limit:
+            raise UserError(f"{key}: {length} tokens; this engine takes at most {self.limit}; choose shorter ones, or another engine")
+
+
+@dataclass(frozen=True)
+class Row:
+    """What was measured on one item. values: by measure, e.g. score (0 to 1) or loss (nats a token); record: what else is worth keeping."""
+
+    task: str
+    length: int | None  # tokens of prompt and answer; None where length is no matter
+    depth: float | None  # where in the text the answer lies: 0 at the beginning, 1 at the end; None where it lies in no one place
+    values: dict[str, float]
+    record: dict[str, Any] = field(default_factory=dict)
+
+
+class Evaluation(Protocol):
+    """An option of the group `eval`."""
+
+    name: str  # first part of its metrics
+
+    def rows(self, exam: Exam) -> Iterator[Row]:
+        """Measure; rows come as they are finished."""
+        ...
+
+    def summary(self, rows: Sequence[Row]) -> tuple[dict[str, float], str]:
+        """Figures of the whole besides the means that every evaluation gets, by name; and a line for the reader, or ''."""
+        ...
+
+
+@dataclass(frozen=True)
+class Item:
+    """One question. prompt: token ids; asked: its last words, for the reader of the results; expected: texts that a full answer holds;
+    answer: ids of the right answer, whose likelihood is measured too, () for none."""
+
+    task: str
+    prompt: tuple[int, ...]
+    asked: str
+    expected: tuple[str, ...]
+    max_new_tokens: int
+    answer: tuple[int, ...] = ()
+    length: int | None = None
+    depth: float | None = None
+
+    @property
+    def tokens(self) -> int:
+        """Of prompt and answer at most."""
+        return len(self.prompt) + self.max_new_tokens
+
+
+class Questions:
+    """Base of evaluations that ask and compare the answer. Measures: score, and answer_loss: nats a token of the right answer."""
+
+    name = ""
+
+    def items(self, exam: Exam) -> list[Item]:
+        """Everything that is asked."""
+        raise NotImplementedError
+
+    def score(self, item: Item, text: str) -> float:
+        """0 to 1: how good the answer `text` is."""
+        raise NotImplementedError
+
+    def summary(self, rows: Sequence[Row]) -> tuple[dict[str, float], str]:
+        return {}, ""
+
+    def rows(self, exam: Exam) -> Iterator[Row]:
+        """Shorter questions come first; neighbours of one length and as long an answer are answered together."""
+        items = sorted(self.items(exam), key=lambda item: item.length or 0)
+        total, done = sum(item.tokens + item.tokens * bool(item.answer) for item in items), 0
+        for (length, tokens), group in groupby(items, key=lambda item: (item.length, item.max_new_tokens)):
+            some, losses = list(group), []
+            what = "questions" if length is None else f"questions at {length:,} tokens"
+            for part in portions(some):
+                losses += answer_losses(exam, part)
+                done += sum(item.tokens for item in part if item.answer)
+                exam.progress(done, total, what)
+            for index, completion in exam.complete([list(item.prompt) for item in some], tokens):
+                done += some[index].tokens
+                exam.progress(done, total, what)
+                yield self._row(some[index], completion, losses[index])
+
+    def _row(self, item: Item, completion: Completion, losses: list[float]) -> Row:
+        values = {"score": self.score(item, completion.text)}
+        if losses:
+            values["answer_loss"] = sum(losses) / len(losses)
+        record = {
+            "prompt_tokens": len(item.prompt), "asked": item.asked, "expected": list(item.expected), "got": completion.text,
+            "finish_reason": completion.finish_reason, "answer_losses": [round(loss, 4) for loss in losses],
+        }  # fmt: skip
+        return Row(item.task, item.length, item.depth, values, record)
+
+
+def portions(items: Sequence[Item]) -> Iterator[Sequence[Item]]:
+    """Parts of about PORTION tokens: between two of them the clock is looked at."""
+    count = max(1, PORTION // max(item.tokens for item in items))
+    return (items[first : first + count] for first in range(0, len(items), count))
+
+
+def answer_losses(exam: Exam, items: Sequence[Item]) -> list[list[float]]:
+    """Negative log-likelihood of each token of every item's right answer, in nats; [] where an item has none."""
+    wanted = [item for item in items if item.answer]
+    scores = iter(exam.engine.score([[*item.prompt, *item.answer] for item in wanted]))
+    return [(-next(scores)[-len(item.answer) :]).tolist() if item.answer else [] for item in items]
+
+
+def share_found(expected: Iterable[str], text: str) -> float:
+    """RULER's string_match_all: the share of `expected` that `text` contains, upper and lower case alike.
+
+    >>> share_found(["12", "34"], "It is 34.")
+    0.5
+    """
+    wanted = list(expected)
+    return sum(one.lower() in text.lower() for one in wanted) / len(wanted)
+
+
+def any_found(expected: Iterable[str], text: str) -> float:
+    """RULER's string_match_part: 1 where `text` contains any of `expected`, upper and lower case alike.
+
+    >>> any_found(["Oslo", "Kristiania"], "in oslo")
+    1.0
+    """
+    return float(any(one.lower() in text.lower() for one in expected))

@@ -1,0 +1,69 @@
+"""Pictures of an evaluation: a heat map of a task, or a curve over length."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from framework.plots import BASELINE, INK, VAL, canvas, save
+
+
+def heat_map(
+    panels: Mapping[str, Sequence[Sequence[float | None]]], down: Sequence[str], across: Sequence[str], labels: tuple[str, str], path: Path,
+    title: str,
+) -> None:  # fmt: skip
+    """Draw tables of numbers side by side, each number in its coloured cell; None leaves a cell empty.
+
+    Args:
+        panels: measure -> a row of numbers for each of `down`, a number in it for each of `across`. A `score` is coloured from 0 to 1.
+        labels: of the two axes, the vertical one first.
+        path: PNG to write.
+        title: one line above.
+    """
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+    from matplotlib.figure import Figure
+
+    size = (1.8 + len(panels) * (0.9 + 0.65 * len(across)), 1.5 + 0.42 * len(down))
+    figure = Figure(figsize=size, dpi=130, layout="constrained")
+    FigureCanvasAgg(figure)
+    for place, (measure, numbers) in enumerate(panels.items(), start=1):
+        axes = figure.add_subplot(1, len(panels), place)
+        values = [[math.nan if number is None else number for number in row] for row in numbers]
+        shares = measure == "score"
+        image: Any = axes.imshow(values, aspect="auto", cmap="RdYlGn" if shares else "viridis_r")
+        if shares:
+            image.set_clim(0.0, 1.0)
+        for y, row in enumerate(values):
+            for x, number in enumerate(row):
+                if math.isfinite(number):
+                    red, green, blue, _ = image.cmap(image.norm(number))
+                    dark = 0.3 * red + 0.59 * green + 0.11 * blue < 0.45
+                    text = f"{100 * number:.0f}" if shares else f"{number:.2f}"
+                    axes.text(x, y, text, ha="center", va="center", fontsize=8, color="white" if dark else "black")
+        axes.set_xticks(range(len(across)), across, fontsize=8)
+        axes.set_yticks(range(len(down)), down if place == 1 else [""] * len(down), fontsize=8)
+        axes.set_xlabel(labels[1], fontsize=9)
+        axes.set_ylabel(labels[0] if place == 1 else "", fontsize=9)
+        axes.set_title(unit(measure), fontsize=9, color=INK)
+    figure.suptitle(title, fontsize=10, color=INK)
+    save(figure, path)
+
+
+def length_curve(values: Mapping[int, float], measure: str, trained_length: int, path: Path, title: str) -> None:
+    """Draw a measure over lengths or positions, which are tokens, with a line at the trained length."""
+    figure, axes = canvas(title)
+    axes.plot(list(values), list(values.values()), color=VAL, marker="o", markersize=4, linewidth=1.6)
+    axes.axvline(trained_length, color=BASELINE, linewidth=0.9, linestyle=(0, (4, 3)))
+    axes.annotate("trained length", (trained_length, 0.98), (4, 0), xycoords=("data", "axes fraction"), textcoords="offset points",
+                  va="top", fontsize=8, color=BASELINE)  # fmt: skip
+    axes.set_xlim(left=0)
+    axes.set_xlabel("tokens")
+    axes.set_ylabel(unit(measure))
+    save(figure, path)
+
+
+def unit(measure: str) -> str:
+    """A measure in a reader's words, with its unit."""
+    return "score, %" if measure == "score" else f"{measure.replace('_', ' ')}, nats a token"

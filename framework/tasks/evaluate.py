@@ -1,0 +1,258 @@
+"""Option task=evaluate of generate.py: measure a run with an option of the group `eval`; a file of results, means, a table, pictures."""
+
+from __future__ import annotations
+
+import dataclasses
+import itertools
+import json
+import math
+import sys
+import time
+import warnings
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+from omegaconf import OmegaConf
+from rich.console import Console
+from rich.table import Table
+
+from components.contracts import Completion, UserError
+from components.evals.base import Evaluation, Exam, Row
+from framework.build import Run, build_data
+from framework.evaluation_plots import heat_map, length_curve, unit
+from framework.generate import Context, completions, new_file, run_renderer
+from framework.overrides import group_options
+from framework.procedure import text_ids
+from framework.prompts import Renderer
+
+PROGRESS_SECONDS = 10
+PROBE = "The quick brown fox, 1 of 20"  # what a tokenizer makes of it tells it from others
+RESULTS = "results.jsonl"
+
+
+class Evaluate:
+    """Runs `evaluation`, an option of the group `eval`, on the run, with the chosen engine and decoding.
+
+    Writes results.jsonl (one line an item, as they are finished), PNGs, and metrics. With NAME of the evaluation, a measure M (score, loss,
+    ...) of a task T has the means NAME/T/M@LENGTH, over tasks NAME/M@LENGTH, and over lengths NAME/M; figures of its summary are
+    NAME/FIGURE. A task of the evaluation's own name is left out of the keys.
+
+    Raises: UserError where no evaluation was chosen.
+    """
+
+    def __init__(self, evaluation: Evaluation | None) -> None:
+        if evaluation is None:
+            raise UserError(f"eval: none chosen; task=evaluate needs one: eval={' | eval='.join(group_options('eval'))}")
+        self.evaluation = evaluation
+
+    def run(self, context: Context) -> dict[str, float]:
+        """Measure, write, print; returns the metrics."""
+        began, rows = time.monotonic(), []
+        exam = make_exam(context)
+        trained = f"step {context.run.step}, trained at {exam.trained_length:,} tokens{regimes(context.run)}"
+        say(f"{self.evaluation.name} of {context.run.path}, {trained}")
+        found = self.evaluation.rows(exam)
+        with warnings.catch_warnings():
+            warnings.filterwarnings("ignore", "up to .* tokens, but the model was trained")  # just that is to be measured
+            first = list(itertools.islice(found, 1))  # what cannot be measured leaves no file
+            with new_file(context.out_dir / RESULTS) as file:
+                for row in itertools.chain(first, found):
+                    rows.append(row)
+                    file.write(json.dumps(line_of(row), ensure_ascii=False) + "\n")
+                    file.flush()
+        figures, words = self.evaluation.summary(rows)
+        metrics = {**means(self.evaluation.name, rows), **{f"{self.evaluation.name}/{key}": value for key, value in figures.items()}}
+        console = Console(highlight=False, soft_wrap=True)
+        print_tables(rows, console)
+        if words:
+            console.print(words, markup=False)
+        title = f"{self.evaluation.name}: {context.run.path.name}, step {context.run.step}"
+        pictures = draw(self.evaluation.name, rows, exam.trained_length, context.out_dir, title)
+        seconds = time.monotonic() - began
+        shown = f", {', '.join(path.name for path in pictures)}" if pictures else ""
+        say(f"{len(rows)} items in {seconds:.0f} s; {RESULTS}, metrics.json{shown} in {context.out_dir}")
+        another, *others = [name for name in group_options("eval") if name != self.evaluation.name]
+        besides = f"   (or eval={', '.join(others)})" if others else ""
+        say(f"next: python generate.py task=evaluate eval={another} ckpt={context.run.path}{besides}")
+        return {**metrics, "items": float(len(rows)), "seconds": seconds}
+
+
+def say(text: str) -> None:
+    """A line on stderr; the tables alone go to stdout."""
+    print(text, file=sys.stderr, flush=True)
+
+
+def make_exam(context: Context) -> Exam:
+    """What the evaluation works with."""
+    run, engine = context.run, context.engine
+
+    def text(least: int, most: int, key: str) -> list[int]:
+        data = build_data(run.cfg)
+        data.prepare(context.cache_dir, run.tokenizer)
+        return text_ids(data, least, context.params.seed, key, most).tolist()
+
+    def complete(prompts: list[list[int]], tokens: int) -> Iterator[tuple[int, Completion]]:
+        return completions(engine, prompts, dataclasses.replace(context.params, max_new_tokens=tokens))
+
+    def another(path: str | None) -> Exam:
+        path = started_from(run) if path is None else path
+        other = make_exam(context.another(path))
+        if other.tokenizer.encode(PROBE) != run.tokenizer.encode(PROBE) or other.tokenizer.vocab_size != run.tokenizer.vocab_size:
+            raise UserError(
+                f"eval.base: {path} has another tokenizer, so that its losses are those of other tokens; give a run with the same"
+            )
+        return dataclasses.replace(other, text=text, progress=exam.progress)
+
+    limit = getattr(engine, "context_length", None)
+    exam = Exam(engine, run.tokenizer, trained_length(run), limit, turn(run_renderer(run), run), text, complete, another, Progress())
+    return exam
+
+
+def trained_length(run: Run) -> int:
+    """Tokens of the rows that the model was made for, L0 of its RoPE rule."""
+    length = getattr(run.model, "max_length", None)
+    return int(OmegaConf.select(run.cfg, "data.seq_len") if length is None else length)
+
+
+def started_from(run: Run) -> str:
+    """The run whose weights this one began with. Raises UserError where there is none."""
+    path = OmegaConf.select(run.cfg, "ckpt")
+    if path is None:
+        raise UserError(f"eval.base: null, but {run.path} did not start from another run (ckpt=); give eval.base=RUN_DIR")
+    return str(path)
+
+
+def turn(render: Renderer, run: Run) -> tuple[list[int], list[int]]:
+    """Ids before and after what a user says: a document's start and nothing, or the marks of a conversation."""
+    said, ids = run.tokenizer.encode(PROBE), render(PROBE)
+    (place,) = [i for i in range(len(ids)) if ids[i : i + len(said)] == said]
+    return ids[:place], ids[place + len(said) :]
+
+
+def regimes(run: Run) -> str:
+    """What a reader must know about the run's RoPE, for the first line."""
+    spec = getattr(run.model, "rope_spec", None)
+    if spec is None or spec.plain:
+        return ""
+    bounds = " and ".join(f"{bound:,}" for bound in spec.bounds)
+    return f"; RoPE: {spec.rule}" + (f", another regime beyond {bounds} tokens" if bounds else "")
+
+
+class Progress:
+    """A line every few seconds: how many of all tokens are read, and how long the rest will take if it goes on like this."""
+
+    def __init__(self) -> None:
+        self.began = self.said = time.monotonic()
+
+    def __call__(self, done: int, total: int, what: str) -> None:
+        now = time.monotonic()
+        if now - self.said >= PROGRESS_SECONDS and done < total:
+            self.said = now
+            left = f"; at least {(now - self.began) * (total - done) / done:.0f} s left" if done else ""
+            say(f"{100 * done / total:.0f} % of {total:,} tokens read, now {what}{left}")
+
+
+def line_of(row: Row) -> dict[str, Any]:
+    """A line of results.jsonl."""
+    where = {"task": row.task, "length": row.length, "depth": row.depth}
+    return {**{key: value for key, value in where.items() if value is not None}, **row.values, **row.record}
+
+
+def measures(rows: Sequence[Row]) -> list[str]:
+    """Names of what was measured."""
+    return list(dict.fromkeys(measure for row in rows for measure in row.values))
+
+
+def mean(rows: Sequence[Row], measure: str, **where: Any) -> float | None:
+    """Mean over the rows of a task, length or depth that have the measure; None for none."""
+    found = [
+        row.values[measure] for row in rows if measure in row.values and all(getattr(row, key) == value for key, value in where.items())
+    ]
+    return math.fsum(found) / len(found) if found else None
+
+
+def mean_of_tasks(rows: Sequence[Row], measure: str, **where: Any) -> float:
+    """Mean over tasks, each of equal weight however many rows it has."""
+    found = [mean(rows, measure, task=task, **where) for task in distinct(rows, "task")]
+    known = [value for value in found if value is not None]
+    return math.fsum(known) / len(known) if known else math.nan
+
+
+def distinct(rows: Sequence[Row], key: str) -> list[Any]:
+    """Different values of task, length or depth that are not None; numbers in rising order."""
+    found = list(dict.fromkeys(getattr(row, key) for row in rows if getattr(row, key) is not None))
+    return found if key == "task" else sorted(found)
+
+
+def means(name: str, rows: Sequence[Row]) -> dict[str, float]:
+    """The metrics of `Evaluate` without those of the summary."""
+    tasks, lengths = distinct(rows, "task"), distinct(rows, "length")
+    metrics: dict[str, float] = {}
+    for measure in measures(rows):
+        for task in tasks if tasks != [name] else ():
+            for length in lengths:
+                if (value := mean(rows, measure, task=task, length=length)) is not None:
+                    metrics[f"{name}/{task}/{measure}@{length}"] = value
+            if not lengths and (value := mean(rows, measure, task=task)) is not None:
+                metrics[f"{name}/{task}/{measure}"] = value
+        at = {length: mean_of_tasks(rows, measure, length=length) for length in lengths}
+        metrics |= {f"{name}/{measure}@{length}": value for length, value in at.items()}
+        metrics[f"{name}/{measure}"] = math.fsum(at.values()) / len(at) if at else mean_of_tasks(rows, measure)
+    return metrics
+
+
+def print_tables(rows: Sequence[Row], console: Console) -> None:
+    """A table for each measure, tasks and their mean down and lengths across; a single task has one table, its measures across."""
+    tasks, lengths = distinct(rows, "task"), distinct(rows, "length") or [None]
+    names = ["all" if length is None else f"{length:,}" for length in lengths]
+    if len(tasks) == 1:
+        found = [[shown(m, mean(rows, m, length=length)) for m in measures(rows)] for length in lengths]
+        print_table(["tokens", *map(unit, measures(rows))], [[name, *cells] for name, cells in zip(names, found, strict=True)], console)
+        return
+    for m in measures(rows):
+        known = [task for task in tasks if mean(rows, m, task=task) is not None]
+        cells = [[task, *(shown(m, mean(rows, m, task=task, length=length)) for length in lengths)] for task in known]
+        cells.append(["mean", *(shown(m, mean_of_tasks(rows, m, length=length)) for length in lengths)])
+        print_table([unit(m), *names], cells, console)
+
+
+def print_table(header: Sequence[str], cells: Sequence[Sequence[str]], console: Console) -> None:
+    """Numbers to the right, an empty line after it."""
+    table = Table(box=None, pad_edge=False)
+    for i, name in enumerate(header):
+        table.add_column(name, justify="right" if i else "left", no_wrap=True)
+    for row in cells:
+        table.add_row(*row)
+    console.print(table)
+    console.print()
+
+
+def shown(measure: str, value: float | None) -> str:
+    """A number of a table; shares in per cent."""
+    if value is None:
+        return ""
+    return f"{100 * value:.1f}" if measure == "score" else f"{value:.3f}"
+
+
+def draw(name: str, rows: Sequence[Row], trained: int, folder: Path, title: str) -> list[Path]:
+    """A heat map (depth down, length across) for each task with depths; one of all tasks over lengths, or the curve of a single one."""
+    tasks, lengths, made = distinct(rows, "task"), distinct(rows, "length"), []
+    across = [f"{length:,}" for length in lengths]
+    for task in tasks:
+        own = [row for row in rows if row.task == task]
+        if depths := distinct(own, "depth"):
+            panels = {m: [[mean(own, m, depth=d, length=n) for n in lengths] for d in depths] for m in measures(own)}
+            path = folder / f"{task}.png"
+            labels = ("depth of the answer", f"tokens (trained at {trained:,})")
+            heat_map(panels, [f"{100 * depth:g} %" for depth in depths], across, labels, path, f"{title}: {task}")
+            made.append(path)
+    if len(tasks) > 1 and len(lengths) > 1:
+        panels = {m: [[mean(rows, m, task=task, length=n) for n in lengths] for task in tasks] for m in measures(rows)}
+        heat_map(panels, tasks, across, ("", f"tokens (trained at {trained:,})"), folder / f"{name}.png", title)
+        made.append(folder / f"{name}.png")
+    elif len(lengths) > 1 and not made:
+        (measure, *_) = measures(rows)
+        length_curve({n: mean_of_tasks(rows, measure, length=n) for n in lengths}, measure, trained, folder / f"{name}.png", title)
+        made.append(folder / f"{name}.png")
+    return made

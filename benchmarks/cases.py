@@ -16,11 +16,13 @@ from kernels.dispatch import available, force, pick
 
 Inputs = dict[str, Tensor]
 OPS = ("selective_scan", "causal_conv1d", "rms_norm", "swiglu", "rope", "sliding_window", "cross_entropy")
+_CARRIED = ", carried state and documents"
 
 
 @dataclass(frozen=True)
 class Case:
-    """op: folder under `kernels`. call: runs a backend's function on the inputs. Gradients are taken of all `learned` inputs."""
+    """op: folder under `kernels`. call: runs a backend's function on the inputs. Every output has a gradient; those of the inputs named
+    by `learned` are taken."""
 
     name: str
     op: str
@@ -43,8 +45,11 @@ def forced(backend: str) -> Iterator[None]:
         yield
 
 
-def scan_case(batch: int, length: int, dim: int, states: int, dtype: torch.dtype, device: torch.device) -> Case:
-    """As Samba calls it: bias, softplus, skip, gate; dt spread over 1e-3 .. 0.1 by the bias."""
+def scan_case(batch: int, length: int, dim: int, states: int, dtype: torch.dtype, device: torch.device, carried: bool = False) -> Case:
+    """As Samba calls it: bias, softplus, skip, gate; dt spread over 1e-3 .. 0.1 by the bias.
+
+    carried: rows go on from a state and hold several documents; the last state is an output too, and has a gradient.
+    """
     low = torch.rand(dim, device=device) * math.log(100) - math.log(1000)
     inputs = {
         "u": _noise(batch, length, dim, dtype=dtype, device=device),
@@ -56,24 +61,35 @@ def scan_case(batch: int, length: int, dim: int, states: int, dtype: torch.dtype
         "z": _noise(batch, length, dim, dtype=dtype, device=device),
         "dt_bias": low.exp().expm1().log(),  # inverse of softplus
     }
+    if carried:
+        inputs["initial_state"] = _noise(batch, dim, states, device=device)
+        inputs["document_start"] = document_starts(batch, length, device)
 
     def call(module: ModuleType, x: Inputs) -> tuple[Tensor, ...]:
-        return (module.selective_scan(x["u"], x["dt"], x["A"], x["B"], x["C"], x["D"], x["z"], x["dt_bias"], True, None, None)[0],)
+        before, start = x.get("initial_state"), x.get("document_start")
+        y, state = module.selective_scan(x["u"], x["dt"], x["A"], x["B"], x["C"], x["D"], x["z"], x["dt_bias"], True, before, start)
+        return (y, state) if carried else (y,)
 
-    return Case("selective scan", "selective_scan", inputs, tuple(inputs), call)
+    return Case(f"selective scan{_CARRIED if carried else ''}", "selective_scan", inputs, _floating(inputs), call)
 
 
-def conv_case(batch: int, length: int, dim: int, dtype: torch.dtype, device: torch.device) -> Case:
+def conv_case(batch: int, length: int, dim: int, dtype: torch.dtype, device: torch.device, carried: bool = False) -> Case:
+    """carried: as in `scan_case`; the state is the inputs before the row."""
     inputs = {
         "x": _noise(batch, length, dim, dtype=dtype, device=device),
         "weight": _noise(dim, 4, device=device) / 2,
         "bias": _noise(dim, device=device),
     }
+    if carried:
+        inputs["initial_state"] = _noise(batch, 3, dim, dtype=dtype, device=device)
+        inputs["document_start"] = document_starts(batch, length, device)
 
     def call(module: ModuleType, x: Inputs) -> tuple[Tensor, ...]:
-        return (module.causal_conv1d(x["x"], x["weight"], x["bias"], "silu", None, None)[0],)
+        before, start = x.get("initial_state"), x.get("document_start")
+        y, state = module.causal_conv1d(x["x"], x["weight"], x["bias"], "silu", before, start)
+        return (y, state) if carried else (y,)
 
-    return Case("causal conv1d", "causal_conv1d", inputs, tuple(inputs), call)
+    return Case(f"causal conv1d{_CARRIED if carried else ''}", "causal_conv1d", inputs, _floating(inputs), call)
 
 
 def norm_case(rows: int, size: int, dtype: torch.dtype, device: torch.device) -> Case:
@@ -107,13 +123,41 @@ def rope_case(batch: int, heads: int, length: int, head_dim: int, dtype: torch.d
 
 
 def attention_case(
-    batch: int, heads: int, groups: int, length: int, head_dim: int, window: int | None, dtype: torch.dtype, device: torch.device
+    batch: int,
+    heads: int,
+    groups: int,
+    length: int,
+    head_dim: int,
+    window: int | None,
+    dtype: torch.dtype,
+    device: torch.device,
+    documents: bool = False,
 ) -> Case:
+    """documents: rows hold several, and no query looks out of its own."""
     inputs = {
         name: _noise(batch, n, length, head_dim, dtype=dtype, device=device) for name, n in (("q", heads), ("k", groups), ("v", groups))
     }
-    call = lambda m, x: (m.attention(x["q"], x["k"], x["v"], window, None, None),)  # noqa: E731
-    return Case(f"attention, window {window}", "sliding_window", inputs, tuple(inputs), call)
+    if documents:
+        inputs["segment_ids"] = document_starts(batch, length, device).cumsum(dim=1)
+    call = lambda m, x: (m.attention(x["q"], x["k"], x["v"], window, x.get("segment_ids"), None),)  # noqa: E731
+    name = f"attention, window {window}{', documents' if documents else ''}"
+    return Case(name, "sliding_window", inputs, ("q", "k", "v"), call)
+
+
+def cached_attention_case(
+    batch: int, heads: int, groups: int, slots: int, head_dim: int, window: int | None, dtype: torch.dtype, device: torch.device
+) -> Case:
+    """One decoded token against a cache whose slots lie in any order, some of them empty; without gradients, as it is used."""
+    inputs = {
+        name: _noise(batch, n, size, head_dim, dtype=dtype, device=device)
+        for name, n, size in (("q", heads, 1), ("k", groups, slots), ("v", groups, slots))
+    }
+    newest = (slots - 1 - slots // 8 - torch.arange(batch)[:, None]).clamp_min(0)  # (B, 1): rows stand at different positions
+    held = torch.stack([torch.randperm(slots) for _ in range(batch)])
+    inputs["key_positions"] = held.masked_fill(held > newest, -1).to(device)
+    inputs["query_positions"] = newest.to(device)
+    call = lambda m, x: (m.cached_attention(x["q"], x["k"], x["v"], x["key_positions"], x["query_positions"], window, None),)  # noqa: E731
+    return Case(f"cached attention, window {window}", "sliding_window", inputs, (), call)
 
 
 def cross_entropy_case(rows: int, size: int, vocabulary: int, dtype: torch.dtype, device: torch.device) -> Case:
@@ -150,7 +194,8 @@ def results(case: Case, backend: str, dtype: torch.dtype | None = None) -> Input
     module = pick(case.op, case.device, backend)
     inputs = _leaves(case, dtype)
     outputs = case.call(module, inputs)
-    grads = torch.autograd.grad(outputs, [inputs[name] for name in case.learned], cotangents_of(outputs))
+    learned = [inputs[name] for name in case.learned]
+    grads = torch.autograd.grad(outputs, learned, cotangents_of(outputs)) if learned else ()
     return {**{f"y{i}": y.detach() for i, y in enumerate(outputs)}, **{f"d{name}": g for name, g in zip(case.learned, grads)}}
 
 
@@ -158,6 +203,21 @@ def errors(case: Case, backend: str) -> dict[str, float]:
     """Relative RMS of every output and gradient against the reference in float64 on the same, already rounded, inputs."""
     expected = results(case, "reference", torch.float64)
     return {name: relative_rms(value, expected[name]) for name, value in results(case, backend).items()}
+
+
+def document_starts(batch: int, length: int, device: torch.device) -> Tensor:
+    """(B, L) bool: documents that begin after a third of the row and one position before its end; in odd rows one position earlier.
+
+    So the first document goes on from a given state, and a convolution of four taps meets a border inside its last state.
+    """
+    start = torch.zeros(batch, length, dtype=torch.bool, device=device)
+    for row in range(batch):
+        start[row, [max(1, place - row % 2) for place in (length // 3, length - 2)]] = True
+    return start
+
+
+def _floating(inputs: Inputs) -> tuple[str, ...]:
+    return tuple(name for name, tensor in inputs.items() if tensor.is_floating_point())
 
 
 def _noise(*shape: int, device: torch.device, dtype: torch.dtype = torch.float32) -> Tensor:

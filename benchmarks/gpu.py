@@ -1,8 +1,8 @@
 """Everything that needs a GPU, in one command of less than nine minutes: `python -m benchmarks.gpu`.
 
-It has never run on a GPU: what is checked is its control flow, by `--smoke` on the CPU. Needs torch and triton alone. Sections run one
-by one; an exception in one is recorded, the others go on, and the exit status is 1 at the end. One JSON row with everything goes to
-benchmarks/results/gpu.jsonl. Without a GPU: one line, exit status 2.
+It has never run on a GPU: what is checked is its control flow, by `--smoke` on the CPU, where no CUDA graph is recorded. Needs torch and
+triton alone. Sections run one by one; an exception in one is recorded, the others go on, and the exit status is 1 at the end. One JSON row
+with everything goes to benchmarks/results/gpu.jsonl. Without a GPU: one line, exit status 2.
 
 Numbers to meet on an H200: bf16 gradients within 1e-2 (relative RMS) of the float64 references; selective scan forward and backward at B=8
 L=4096 D=3072 N=16 in at most 3 ms; Samba-421M trains at 110,000 tokens/s or more. The paper (arXiv 2406.07522) reports 3.64 times the
@@ -18,7 +18,7 @@ import sys
 import time
 import traceback
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any
 
@@ -33,6 +33,7 @@ from components.contracts import Batch
 TOLERANCE = 1e-2  # relative RMS of bf16 outputs and gradients
 SCAN_MS, TRAIN_TOKENS, TRAIN_AIM = 3.0, 110_000, 150_000
 PAPER_DECODE, PAPER_PROMPT = 3.64, 3.73
+COMPARISONS = 5  # timed in one section, at most; each takes its three rounds and at most Plan.limit_seconds, or twice that for whole models
 
 
 @dataclass(frozen=True)
@@ -52,6 +53,7 @@ class Plan:
     window: int
     train: tuple[str, int, int]  # size, rows, length
     decode: tuple[str, int, int]  # size, rows, position
+    steps: tuple[str, int, int]  # the same, of the decoding steps that are compared
     prompt: tuple[str, int]  # size, length
     rounds: int
     limit_seconds: float  # of each timed comparison
@@ -63,7 +65,7 @@ def full_plan() -> Plan:
     return Plan(
         torch.device("cuda"), "triton", (2, 301, 200, 16), ((12, 12, 128), (8, 2, 64), (11, 1, 256)),
         (8, 4096, 3072, 16), 1536, 4096, 32000, (8, 12, 12, 128), (4096, 16384), 2048,
-        ("421m", 8, 4096), ("1b7", 16, 65536), ("1b7", 131072), 20, 15.0,
+        ("421m", 8, 4096), ("1b7", 16, 65536), ("small", 4, 301), ("1b7", 131072), 20, 15.0,
     )  # fmt: skip
 
 
@@ -71,7 +73,7 @@ def smoke_plan(backend: str) -> Plan:
     """Tiny shapes on the CPU."""
     return Plan(
         torch.device("cpu"), backend, (2, 19, 20, 4), ((4, 2, 16),), (1, 16, 20, 4), 24, 32, 50,
-        (1, 2, 1, 16), (24,), 8, ("test", 1, 16), ("test", 1, 24), ("test", 24), 1, 1.0,
+        (1, 2, 1, 16), (24,), 8, ("test", 1, 16), ("test", 1, 24), ("test", 2, 19), ("test", 24), 1, 1.0,
     )  # fmt: skip
 
 
@@ -81,7 +83,9 @@ def compared_cases(plan: Plan) -> list[Callable[[], cases.Case]]:
     rows, dtype, device = batch * length, plan.dtype, plan.device
     made: list[Callable[[], cases.Case]] = [
         lambda: cases.scan_case(batch, length, dim, states, dtype, device),
+        lambda: cases.scan_case(batch, length, dim, states, dtype, device, carried=True),
         lambda: cases.conv_case(batch, length, dim, dtype, device),
+        lambda: cases.conv_case(batch, length, dim, dtype, device, carried=True),
         lambda: cases.norm_case(rows, plan.hidden, dtype, device),
         lambda: cases.add_norm_case(rows, plan.hidden, dtype, device),
         lambda: cases.swiglu_case(rows, plan.intermediate, dtype, device),
@@ -89,13 +93,15 @@ def compared_cases(plan: Plan) -> list[Callable[[], cases.Case]]:
     ]
     for heads, groups, size in plan.heads:
         for window in (length // 3, None):
-            made.append(partial(cases.attention_case, batch, heads, groups, length, size, window, dtype, device))
+            for documents in (False, True):
+                made.append(partial(cases.attention_case, batch, heads, groups, length, size, window, dtype, device, documents))
+            made.append(partial(cases.cached_attention_case, batch, heads, groups, length, size, window, dtype, device))
         made.append(partial(cases.rope_case, batch, heads, length, size, dtype, device))
     return made
 
 
 def correctness(plan: Plan) -> dict[str, Any]:
-    """Every op against its float64 reference; a case that fails does not end the section."""
+    """Every op against its float64 reference, then decoding steps; a case that fails does not end the section."""
     found: dict[str, Any] = {"failed": []}
     for i, make in enumerate(compared_cases(plan)):
         name = f"case {i}"
@@ -111,6 +117,27 @@ def correctness(plan: Plan) -> dict[str, Any]:
         print(f"  {name}: worst {worst} {errors[worst]:.1e}")
         if not errors[worst] <= TOLERANCE:  # also where it is NaN
             found["failed"].append(f"{name}: {worst} differs by {errors[worst]:.1e}, allowed is {TOLERANCE:.0e}")
+    found["steps"] = replayed_steps(plan, found["failed"])
+    return found
+
+
+def replayed_steps(plan: Plan, failed: list[str]) -> dict[str, Any]:
+    """Logits of replayed CUDA graphs against plain steps, for each model; nothing without a GPU. Adds to `failed`."""
+    if plan.device.type != "cuda":
+        print("  decoding steps, graph against none: skipped, a CUDA graph needs a GPU")
+        return {"skipped": "a CUDA graph needs a GPU"}
+    found: dict[str, Any] = {}
+    size, rows, position = plan.steps
+    for name, pattern in decode.PATTERNS.items():
+        try:
+            error = found[name] = decode.step_difference(model_of(plan, pattern, size), rows, position, plan.dtype)
+        except Exception as problem:
+            failed.append(f"decoding steps of {name}: {type(problem).__name__}: {problem}")
+            traceback.print_exc()
+            continue
+        print(f"  decoding steps of {name}, graph against none: {error:.1e}")
+        if not error <= TOLERANCE:
+            failed.append(f"decoding steps of {name}: a graph's differ by {error:.1e}, allowed is {TOLERANCE:.0e}")
     return found
 
 
@@ -217,21 +244,48 @@ def bf16_weights(model: Decoder) -> Decoder:
     return model
 
 
-def decoding(plan: Plan) -> dict[str, Any]:
-    """Milliseconds a token far into the sequence. The hybrid replays a CUDA graph; full attention cannot, as its cache grows."""
-    size, rows, position = plan.decode
+def decoding_side(plan: Plan, model: Decoder, static: bool) -> Callable[[], None]:
+    """A call that decodes with `model`; the state that it began with is freed where the step has a copy."""
+    _, rows, position = plan.decode
     room = decode.TOKENS * (plan.rounds + 8)
-    sides = {}
-    for name, pattern in decode.PATTERNS.items():
-        model = bf16_weights(model_of(plan, pattern, size))
-        sides[name] = decode.decoding(model, decode.state_at(model, position, rows, room, plan.dtype), plan.dtype)
+    state = decode.state_at(model, position, rows, room, plan.dtype)
+    step: decode.DecodeStep
+    if static:
+        step = decode.static_step(model, decode.make_static(state, position + room), plan.dtype)
+    else:
+        step = decode.plain_step(model, state, plan.dtype)
+    return decode.decoding(step, rows, plan.dtype, plan.device)
+
+
+def decoding(plan: Plan) -> dict[str, Any]:
+    """Milliseconds a token far into the sequence, like against like: both models replay CUDA graphs (on the CPU: run the same static
+    steps without), then both launch every operator.
+
+    Full attention's graph reads caches of the final size (`decode.make_static`), under one percent more slots than are filled.
+    """
+    size, rows, position = plan.decode
+    sides: dict[str, Callable[[], object]] = {}
+    graphs = "graphs" if plan.device.type == "cuda" else "static steps"
+    models = {name: bf16_weights(model_of(plan, pattern, size)) for name, pattern in decode.PATTERNS.items()}
+    found: dict[str, Any] = {"size": size, "batch": rows, "position": position, "failed": []}
+    for kind, static, suffix in ((graphs, True, ""), ("no graphs", False, "_without_graphs")):
+        try:
+            sides = {name: decoding_side(plan, model, static) for name, model in models.items()}
+            seconds = interleaved(sides, dict.fromkeys(sides, plan.rounds), 2, clock_of(plan.device), 2 * plan.limit_seconds)
+        except Exception as error:
+            found["failed"].append(f"{kind}: {type(error).__name__}: {error}")
+            traceback.print_exc()
+        else:
+            ms = found[f"ms_per_token{suffix}"] = {
+                name: spread([1e3 * s / decode.TOKENS for s in values]) for name, values in seconds.items()
+            }
+            ratio = found[f"ratio{suffix}"] = ms["full attention"]["median"] / ms["samba"]["median"]
+            text = ", ".join(f"{name} {r['median']:.2f} ms a step" for name, r in ms.items())
+            print(f"  position {position}, batch {rows}, {kind}: {text}; ratio {ratio:.2f}")
+        sides = {}  # 26 GB of full attention's cache at 64K
         release()
-    seconds = interleaved(sides, dict.fromkeys(sides, plan.rounds), 2, clock_of(plan.device), 2 * plan.limit_seconds)
-    ms = {name: spread([1e3 * s / decode.TOKENS for s in values]) for name, values in seconds.items()}
-    ratio = ms["full attention"]["median"] / ms["samba"]["median"]
-    print(f"  position {position}, batch {rows}: " + ", ".join(f"{name} {r['median']:.2f} ms a step" for name, r in ms.items()))
-    print(f"  ratio {ratio:.2f}; the paper has {PAPER_DECODE} on an A100")
-    return {"size": size, "batch": rows, "position": position, "ms_per_token": ms, "ratio": ratio}
+    print(f"  the paper has a ratio of {PAPER_DECODE} on an A100")
+    return found
 
 
 def prompt(plan: Plan) -> dict[str, Any]:
@@ -271,7 +325,8 @@ def release() -> None:
 
 
 def run(plan: Plan, names: list[str], budget_seconds: float, found: dict[str, Any]) -> list[str]:
-    """Fill `found` section by section; returns what failed. A section that would begin after the budget is skipped, which is no failure."""
+    """Fill `found` section by section; returns what failed. A section that would begin after the budget is skipped, which is no failure;
+    one that begins late times its sides for less long, so that it ends soon after the budget."""
     began = time.perf_counter()
     failures: list[str] = []
     for name in names:
@@ -284,7 +339,8 @@ def run(plan: Plan, names: list[str], budget_seconds: float, found: dict[str, An
         torch.manual_seed(0)
         try:
             with cases.forced(plan.backend):
-                found[name] = SECTIONS[name](plan)
+                left = (budget_seconds - (start - began)) / COMPARISONS
+                found[name] = SECTIONS[name](replace(plan, limit_seconds=min(plan.limit_seconds, left)))
             failures += [f"{name}: {text}" for text in found[name].get("failed", [])]
         except (Exception, SystemExit) as error:  # a comparison ends its own benchmark with SystemExit
             traceback.print_exc()

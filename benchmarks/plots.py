@@ -1,11 +1,11 @@
-"""The one kind of picture that the benchmarks draw: cost against length, both axes logarithmic."""
+"""The one kind of picture that the benchmarks draw: cost against length (or against bytes), both axes logarithmic."""
 
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
-_COLORS = ("#c8502d", "#4a7ba6", "#6b8e4e", "#8a6bb0", "#555555")
+_COLORS = ("#c8502d", "#4a7ba6", "#6b8e4e", "#8a6bb0", "#555555", "#b8912f", "#2f8f8b")
 
 
 def log_log(path: Path, lines: Mapping[str, Sequence[tuple[float, float]]], x: str, y: str, title: str) -> bool:

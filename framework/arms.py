@@ -9,7 +9,7 @@ import functools
 import hashlib
 import json
 import math
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
@@ -298,3 +298,30 @@ def tuned(key: str, config: DictConfig) -> Any:
 def best_points(folder: str, claim: str) -> dict[str, dict[str, Any]]:
     """{arm: {key: value}} of a first stage, read once a process: every job of the second stage resolves it several times."""
     return {arm: found["best"] for arm, found in first_stage(Path(folder), Claim(**json.loads(claim))).items()}
+
+
+def run_of(folder: str, words: Sequence[str], config: DictConfig) -> str:
+    """The resolver `${run_of:DIR,KEY=VALUE,...}`: the finished run below DIR that has this job's seed and these options or values.
+
+    Raises:
+        UserError: there is none, or more than one.
+    """
+    if not folder:
+        raise UserError("run_of: no folder given; the folder of an earlier sweep, such as multirun/NAME/DATE")
+    return _run_of(str(Path(folder).resolve()), tuple(words), int(config.seed))
+
+
+@functools.lru_cache(maxsize=64)
+def _run_of(folder: str, words: tuple[str, ...], seed: int) -> str:
+    wanted = [word.partition("=")[::2] for word in words]
+    found = [
+        job.path
+        for job in read_jobs(Path(folder))
+        if job.done
+        and job.seed == seed
+        and all(str(job.choices[key] if key in job.choices else OmegaConf.select(job.config, key)) == value for key, value in wanted)
+    ]
+    if len(found) != 1:
+        told = ", ".join([*words, f"seed={seed}"])
+        raise UserError(f"{folder!r} holds {len(found)} finished runs with {told}; exactly one is needed")
+    return str(found[0])

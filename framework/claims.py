@@ -28,9 +28,9 @@ DOCS = Path(__file__).resolve().parent.parent / "docs"
 BEGIN, END = "<!-- verdicts: made by python -m framework.claims --results -->", "<!-- end of verdicts -->"
 AMOUNTS = {"end": "at the end of the runs", "tokens": "at equal tokens", "seconds": "at equal wall time",
            "training_seconds": "at equal training time"}  # fmt: skip
-# Keys that a command may set without another experiment coming of it: they do not touch the numbers.
-FREE = ("experiment", "stage_one", "name", "resume", "seed", "hydra", "logger", "tags", "samples", "progress", "traceback", "checkpoint",
-        "paths", "optimized_metric")  # fmt: skip
+# Keys that a command may set without another experiment coming of it: they do not touch the numbers, or name what earlier stages left.
+FREE = ("experiment", "stage_one", "stages", "name", "resume", "seed", "hydra", "logger", "tags", "samples", "progress", "traceback",
+        "checkpoint", "paths", "optimized_metric")  # fmt: skip
 
 Cells = dict[tuple[str, int], Job]  # (arm, seed) -> its one finished run
 

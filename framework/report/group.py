@@ -92,7 +92,7 @@ def group(runs: list[RunData], finished: Iterable[str] = ("done",)) -> list[Conf
 def label_parts(runs: list[RunData], keys: list[str]) -> list[tuple[str, bool]]:
     """What names a configuration: (group, True) for options, (key, False) for keys."""
     groups: dict[str, None] = {name: None for run in runs for name in run.choices if name not in IRRELEVANT_CHOICES}
-    differing = [name for name in groups if len({run.choices.get(name) for run in runs}) > 1 and not name.startswith("model/overlay")]
+    differing = [name for name in groups if len({run.choices.get(name) for run in runs}) > 1 and "/overlay" not in name]
     parts: list[tuple[str, bool]] = [(name, True) for name in differing]
     typed = [typed_key(word) for run in runs for word in run.overrides]
     chosen = [key for key in dict.fromkeys(typed) if key in keys]

@@ -1,11 +1,12 @@
 """Every benchmark runs at tiny shapes, compares its sides, and writes nothing then."""
 
+import dataclasses
 import sys
 
 import pytest
 import torch
 
-from benchmarks import attention, cases, common, gpu, plots, selective_scan, train_samba
+from benchmarks import attention, cases, common, decode, gpu, plots, selective_scan, train_samba
 
 
 @pytest.fixture(autouse=True)
@@ -93,6 +94,49 @@ def test_sections_after_the_budget_are_skipped():
     found = {}
     assert gpu.run(gpu.smoke_plan("eager"), ["scan"], -1.0, found) == []
     assert "skipped" in found["scan"]
+
+
+def test_a_late_section_times_less_long(monkeypatch):
+    limits = []
+    monkeypatch.setitem(gpu.SECTIONS, "scan", lambda plan: limits.append(plan.limit_seconds) or {})
+    plan = gpu.smoke_plan("eager")
+    for budget in (1e6, 0.5):
+        assert gpu.run(plan, ["scan"], budget, {}) == []
+    assert limits[0] == plan.limit_seconds == 1.0 and 0 < limits[1] <= 0.5 / gpu.COMPARISONS
+
+
+def test_decoding_is_compared_with_and_without_graphs(monkeypatch, capsys):
+    """Both models take the same kind of step, and what fails for one kind leaves the other."""
+    kinds = []
+    for kind in ("static_step", "plain_step"):
+        make = getattr(decode, kind)
+        monkeypatch.setattr(decode, kind, lambda model, state, dtype, kind=kind, make=make: kinds.append(kind) or make(model, state, dtype))
+    found = gpu.decoding(gpu.smoke_plan("eager"))
+    assert kinds == ["static_step"] * 2 + ["plain_step"] * 2 and found["failed"] == []
+    for suffix in ("", "_without_graphs"):
+        ms = {name: r["median"] for name, r in found[f"ms_per_token{suffix}"].items()}
+        assert found[f"ratio{suffix}"] == ms["full attention"] / ms["samba"]
+    out = capsys.readouterr().out
+    assert "batch 1, static steps: samba" in out and "batch 1, no graphs: samba" in out
+
+    def broken(model, state, dtype):
+        raise RuntimeError("capture")
+
+    monkeypatch.setattr(decode, "static_step", broken)
+    found = gpu.decoding(gpu.smoke_plan("eager"))
+    assert found["failed"] == ["static steps: RuntimeError: capture"] and found["ratio_without_graphs"] > 0 and "ratio" not in found
+
+
+def test_replayed_steps_need_a_gpu_and_are_held_to_the_tolerance(monkeypatch, capsys):
+    plan, failed = gpu.smoke_plan("eager"), []
+    assert "skipped" in gpu.replayed_steps(plan, failed) and failed == []
+    assert capsys.readouterr().out == "  decoding steps, graph against none: skipped, a CUDA graph needs a GPU\n"
+    # From here on the code of a GPU: the models are never made, as there is no such device.
+    plan = dataclasses.replace(plan, device=torch.device("cuda"))
+    monkeypatch.setattr(gpu, "model_of", lambda plan, pattern, size: pattern)
+    monkeypatch.setattr(decode, "step_difference", lambda pattern, *a: {"mamba": 1e-3}.get(pattern[0], float("nan")))
+    found = gpu.replayed_steps(plan, failed)
+    assert found["samba"] == 1e-3 and failed == ["decoding steps of full attention: a graph's differ by nan, allowed is 1e-02"]
 
 
 def test_without_a_gpu_one_line_and_status_2(monkeypatch, capsys):

@@ -9,7 +9,7 @@ from omegaconf import OmegaConf
 
 from components.contracts import UserError
 from framework import claims
-from framework.arms import claim_hash, declared, first_stage, problems, read_claim, tuned
+from framework.arms import claim_hash, declared, first_stage, problems, read_claim, run_of, tuned
 from framework.claims import BEGIN, END, INCONCLUSIVE, NOT_SUPPORTED, SUPPORTED, judge, main, write_results
 from framework.statistics import welch_interval
 
@@ -289,6 +289,21 @@ def test_unfair_first_stage_is_inconclusive(tmp_path, change, why):
     change(first)
     verdict = judge(second)
     assert verdict["verdict"] == INCONCLUSIVE and any(re.search(why, line) for line in verdict["why"]), verdict["why"]
+
+
+def test_run_of_finds_the_run_of_this_seed(tmp_path):
+    for number, (kind, seed, status) in enumerate([("new", 1, "done"), ("new", 2, "done"), ("old", 1, "done"), ("old", 2, "failed")]):
+        folder = tmp_path / f"{number}_job"
+        folder.mkdir()
+        OmegaConf.save(OmegaConf.create({"kind": kind, "seed": seed}), folder / "config.yaml")
+        (folder / "run_state.json").write_text(json.dumps({"status": status, "choices": {"kind": kind}}))
+        (folder / "metrics.json").write_text('{"loss": 1.0}')
+    config = OmegaConf.create({"seed": 2})
+    assert run_of(str(tmp_path), ["kind=new"], config) == str(tmp_path / "1_job")
+    with pytest.raises(UserError, match="holds 0 finished runs with kind=old, seed=2; exactly one is needed"):
+        run_of(str(tmp_path), ["kind=old"], config)
+    with pytest.raises(UserError, match="holds 2 finished runs with seed=1"):
+        run_of(str(tmp_path), [], OmegaConf.create({"seed": 1}))
 
 
 def test_tuned_resolver_gives_this_arm_its_value(tmp_path):

@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, field, fields, replace
 from pathlib import Path
-from typing import Any, Literal, Protocol, runtime_checkable
+from typing import Any, Literal, Protocol, cast, runtime_checkable
 
 import torch
 from torch import Tensor, nn
@@ -35,7 +35,7 @@ class Batch:
     segment_ids: Tensor | None = None  # (B, T) int32, non-decreasing in a row: which packed document a position belongs to
     position_ids: Tensor | None = None  # (B, T) int64, position inside the document; None: 0..T-1 (plus what a DecodeState has seen)
     task_ids: Tensor | None = None  # (B,) or (B, T) int64
-    rope_regime: Tensor | None = None  # (B,) int8: 0 short factors, 1 long factors
+    rope_regime: Tensor | None = None  # (B,) int8: index of each row's regime in RopeSpec.regimes; None: by the length T of the rows
     loss_tokens: int | None = None  # labels != IGNORE in the whole optimizer step: all micro-batches of the accumulation window, all ranks
     index: int | None = None  # position of this batch in its stream, for error messages
 
@@ -55,17 +55,74 @@ class ModelOutput:
     aux_losses: dict[str, Tensor] = field(default_factory=dict)  # scalar losses to add, by name
 
 
+SWITCHES = ("recompute", "upfront", "always_long", "always_short")
+
+
+@dataclass(frozen=True)
+class RopeRegime:
+    """How rows of up to `upto` tokens turn: inv_freq_i = 1 / (factors_i * base^(2i/rotary_dim)); cos and sin times attention_factor."""
+
+    factors: tuple[float, ...] = ()  # lambda_i, rotary_dim/2 values; () means all 1
+    attention_factor: float = 1.0
+    upto: int | None = None  # longest row in tokens, inclusive; None: no end
+
+
 @dataclass(frozen=True)
 class RopeSpec:
-    """All that rotary embedding needs: inv_freq_i = 1 / (factors_i * base^(2i/rotary_dim)), and a multiplier of cos and sin."""
+    """All that rotary embedding needs. Most rules have one regime; LongRoPE has two: up to original_len, and beyond."""
 
     rotary_dim: int  # even; the first rotary_dim of the K dims of a head turn
     base: float = 10000.0
-    factors: tuple[float, ...] = ()  # lambda_i, rotary_dim/2 values; () means all 1
-    attention_factor: float = 1.0
-    original_len: int | None = None  # length in tokens that the model was trained at
+    regimes: tuple[RopeRegime, ...] = (RopeRegime(),)  # `upto` rises, and is None in the last
+    original_len: int | None = None  # L0: length in tokens that the model was trained at
     target_len: int | None = None  # length in tokens that the rule extends to
     rule: str = "none"
+    switch: Literal["recompute", "upfront"] = "recompute"  # when a decoded row changes regime: as it grows, or never: planned before
+
+    def __post_init__(self) -> None:
+        ends = [regime.upto for regime in self.regimes]
+        if not ends or ends[-1] is not None or None in ends[:-1] or list(self.bounds) != sorted(set(self.bounds)):
+            raise ValueError(f"rope regimes end at {ends}; the ends must rise, and the last is None")
+
+    @property
+    def factors(self) -> tuple[float, ...]:
+        """Those of the longest rows."""
+        return self.regimes[-1].factors
+
+    @property
+    def attention_factor(self) -> float:
+        """That of the longest rows."""
+        return self.regimes[-1].attention_factor
+
+    @property
+    def bounds(self) -> tuple[int, ...]:
+        """`upto` of every regime but the last."""
+        return tuple(regime.upto for regime in self.regimes[:-1] if regime.upto is not None)
+
+    @property
+    def plain(self) -> bool:
+        """Whether it rescales nothing."""
+        return all(not regime.factors and regime.attention_factor == 1.0 for regime in self.regimes)
+
+    def regime_of(self, length: int) -> int:
+        """Index of the regime of a row of `length` tokens.
+
+        >>> spec = RopeSpec(4, regimes=(RopeRegime(upto=8), RopeRegime((2.0, 2.0))))
+        >>> spec.regime_of(8), spec.regime_of(9)
+        (0, 1)
+        """
+        return sum(length > bound for bound in self.bounds)
+
+    def switched(self, switch: str) -> RopeSpec:
+        """The same with another `switch`; always_long and always_short keep the one regime for rows of any length.
+
+        Raises UserError for another word.
+        """
+        if switch not in SWITCHES:
+            raise UserError(f"rope.switch: {switch!r}; allowed are {', '.join(SWITCHES)}")
+        if switch in ("recompute", "upfront"):
+            return replace(self, switch=cast(Any, switch))
+        return replace(self, regimes=(replace(self.regimes[0 if switch == "always_short" else -1], upto=None),))
 
 
 class RopeRule(Protocol):
@@ -90,8 +147,12 @@ class DecodeState(Protocol):
 
     def select(self, rows: Tensor) -> DecodeState: ...
     def reset(self, rows: Tensor) -> None: ...
-    def stale_rows(self) -> Tensor:
-        """(B,) bool: rows that crossed a RoPE regime switch; the engine must prefill them again."""
+    def plan(self, lengths: Tensor) -> None:
+        """Say how many tokens (B,) the rows, which are empty, are to hold: it decides their RoPE regime. Unsaid, the first call decides."""
+        ...
+
+    def stale_rows(self, tokens: int = 0) -> Tensor:
+        """(B,) bool: rows whose cache cannot take `tokens` more, which would change their RoPE regime; they must be read anew."""
         ...
 
     def save(self) -> dict[str, Any]: ...
@@ -130,6 +191,8 @@ class Tokenizer(Protocol):
 
     vocab_size: int
     eot_id: int  # starts every document, and so ends the one before
+    stop_ids: tuple[int, ...]  # what a model says ends at any of them: eot_id, the end of a turn
+    unsaid_ids: tuple[int, ...]  # a model never says them: the marks that begin a turn
 
     def encode(self, text: str) -> list[int]: ...
     def decode(self, ids: Iterable[int]) -> str: ...

@@ -21,9 +21,11 @@ class Step:
     """Bookkeeping of one call of the model with a state, shared by its layers.
 
     positions: (B, T) int64, where in its row each new token stands. fresh: no row has seen a token yet.
+    regime: (B,) RoPE regime of each row.
     """
 
-    def __init__(self, length: Tensor, tokens: int, longest: int) -> None:
+    def __init__(self, length: Tensor, tokens: int, longest: int, regime: Tensor) -> None:
+        self.regime = regime
         self.positions = length[:, None] + torch.arange(tokens, device=length.device)  # (B, T)
         self.fresh = longest == 0
         self.needed = longest + tokens
@@ -185,22 +187,31 @@ class RecurrentState:
 LayerState = KVCache | RecurrentState
 
 
+class RopeRegimeError(ValueError):
+    """A cache filled in one RoPE regime was to be continued in another."""
+
+
 class DecodeState:
     """One object for all models: `model(batch, state)` appends batch.input_ids (B, T) and updates the state in place.
 
     Gradients do not flow through it. length: (B,) int64; regime: (B,) int8, RoPE regime that the caches were filled with.
+    bounds: longest rows, in tokens, of all RoPE regimes but the last.
+
+    A row that grows past the bound of its regime cannot go on: not only do its keys turn otherwise, all keys and values above the first
+    layer come from outputs of the layers below, computed in the other regime. See `plan` and `stale_rows`.
     """
 
-    def __init__(self, layers: list[LayerState], length: Tensor, regime: Tensor, longest: int = 0) -> None:
+    def __init__(self, layers: list[LayerState], length: Tensor, regime: Tensor, longest: int = 0, bounds: tuple[int, ...] = ()) -> None:
         self.layers = layers
         self.length = length
         self.regime = regime
+        self.bounds = bounds
         self._longest = longest  # upper bound of length known without reading the device
 
     @classmethod
-    def empty(cls, layers: list[LayerState], batch_size: int, device: torch.device | str) -> DecodeState:
+    def empty(cls, layers: list[LayerState], batch_size: int, device: torch.device | str, bounds: tuple[int, ...] = ()) -> DecodeState:
         length = torch.zeros(batch_size, dtype=torch.int64, device=device)
-        return cls(layers, length, torch.zeros(batch_size, dtype=torch.int8, device=device))
+        return cls(layers, length, torch.zeros(batch_size, dtype=torch.int8, device=device), bounds=bounds)
 
     @property
     def batch_size(self) -> int:
@@ -218,16 +229,42 @@ class DecodeState:
 
     @property
     def constant_size(self) -> bool:
-        """Whether no layer grows with the length: recurrent ones and rings alone."""
-        return all(not isinstance(layer, KVCache) or layer.window is not None for layer in self.layers)
+        """Whether nothing depends on the length: no layer grows, and there is one RoPE regime."""
+        return not self.bounds and all(not isinstance(layer, KVCache) or layer.window is not None for layer in self.layers)
 
     def begin(self, batch_size: int, tokens: int) -> Step:
-        """Start a call that appends `tokens` tokens to each row. Raises ValueError on another number of rows."""
+        """Start a call that appends `tokens` tokens to each row.
+
+        Raises:
+            ValueError: another number of rows.
+            RopeRegimeError: a row that would leave the RoPE regime of its cache.
+        """
         if batch_size != self.batch_size:
             raise ValueError(
                 f"decode state: input_ids has {batch_size} rows, the state has {self.batch_size}; use state.select or new_state"
             )
-        return Step(self.length, tokens, self._longest)
+        if self.bounds:
+            self._take_regime(tokens)
+        return Step(self.length, tokens, self._longest, self.regime)
+
+    def plan(self, lengths: Tensor) -> None:
+        """Say how many tokens (B,) the rows, all empty, are to hold: it decides their RoPE regime. Unsaid, the first call decides."""
+        if not self.fresh:
+            raise ValueError("decode state: plan comes before the first token; use reset, or a new state")
+        self.regime = self._regime_of(lengths.to(self.length.device))
+
+    def _regime_of(self, lengths: Tensor) -> Tensor:
+        bounds = torch.tensor(self.bounds, dtype=torch.int64, device=lengths.device)
+        return (lengths[:, None] > bounds).sum(dim=1).to(torch.int8)
+
+    def _take_regime(self, tokens: int) -> None:
+        """Empty rows take the regime of a first call; refuse a call that would mix two in one cache."""
+        if self._longest == 0 or tokens > 1:  # a step appends to rows that have begun
+            empty = self.length == 0
+            self.regime = torch.where(empty, torch.maximum(self.regime, self._regime_of(self.length + tokens)), self.regime)
+        if self._longest + tokens > self.bounds[0] and bool((stale := self.stale_rows(tokens)).any()):
+            rows = stale.nonzero().flatten().tolist()
+            raise RopeRegimeError(f"decode state: rows {rows} would outgrow their RoPE regime with {tokens} more tokens; read them anew")
 
     def finish(self, tokens: int) -> None:
         """Count the tokens of a completed call."""
@@ -281,13 +318,16 @@ class DecodeState:
             layer.reset(rows)
         self._longest = int(self.length.max()) if self.batch_size else 0
 
-    def stale_rows(self) -> Tensor:
-        """(B,) bool: rows whose cache was filled under another RoPE regime than their length asks for; a spec has one regime: none."""
-        return torch.zeros_like(self.regime, dtype=torch.bool)
+    def stale_rows(self, tokens: int = 0) -> Tensor:
+        """(B,) bool: rows that `tokens` more would bring into another RoPE regime than their cache was filled in."""
+        if not self.bounds or self._longest + tokens <= self.bounds[0]:
+            return torch.zeros_like(self.regime, dtype=torch.bool)
+        return self._regime_of(self.length + tokens) > self.regime
 
     def save(self) -> dict[str, Any]:
         """Return copies of everything as tensors and plain Python values, fit for torch.save and torch.load(weights_only=True)."""
-        return {"length": self.length.clone(), "regime": self.regime.clone(), "layers": [layer.save() for layer in self.layers]}
+        layers = [layer.save() for layer in self.layers]
+        return {"length": self.length.clone(), "regime": self.regime.clone(), "bounds": list(self.bounds), "layers": layers}
 
     @staticmethod
     def load(saved: dict[str, Any], device: torch.device | str = "cpu") -> DecodeState:
@@ -297,16 +337,18 @@ class DecodeState:
             kind = KVCache if layer["kind"] == "kv" else RecurrentState
             layers.append(kind.load(layer).map_rows(lambda t: t.clone().to(device)))
         length = saved["length"].clone().to(device)
-        return DecodeState(layers, length, saved["regime"].clone().to(device), int(length.max()) if len(length) else 0)
+        longest = int(length.max()) if len(length) else 0
+        return DecodeState(layers, length, saved["regime"].clone().to(device), longest, tuple(saved["bounds"]))
 
     @staticmethod
     def cat(states: Sequence[DecodeState]) -> DecodeState:
         """Join the rows of states of the same model, in order. Raises ValueError when their layers differ."""
-        if not states or len({tuple(type(layer) for layer in s.layers) for s in states}) != 1:
+        if not states or len({(s.bounds, *(type(layer) for layer in s.layers)) for s in states}) != 1:
             raise ValueError("decode state: cat needs one or more states of the same model")
         layers = [type(group[0]).cat(group) for group in zip(*(s.layers for s in states), strict=True)]
         length, regime = torch.cat([s.length for s in states]), torch.cat([s.regime for s in states])
-        return DecodeState(layers, length, regime, max(s._longest for s in states))
+        return DecodeState(layers, length, regime, max(s._longest for s in states), states[0].bounds)
 
     def _map_rows(self, change: Callable[[Tensor], Tensor]) -> DecodeState:
-        return DecodeState([layer.map_rows(change) for layer in self.layers], change(self.length), change(self.regime), self._longest)
+        layers = [layer.map_rows(change) for layer in self.layers]
+        return DecodeState(layers, change(self.length), change(self.regime), self._longest, self.bounds)

@@ -2,6 +2,7 @@
 
 A line {arm, metric, statistic, at_least | at_most} takes the metric of every seed of the arm and bounds their min, max, mean or median.
 `minus: METRIC` subtracts another metric of the same run; `over: ARM` divides by the same seed's run of the arm: metric(over) / metric(arm).
+A list of arms in place of one stands for the spread of the metric over them, largest less smallest, with the same seed.
 """
 
 from __future__ import annotations
@@ -31,24 +32,27 @@ def problems(require: Any, arms: Any) -> Iterator[str]:
             continue
         yield from (f"{key}.{name}: unknown key{nearest(str(name), KEYS)}" for name in line if name not in KEYS)
         words = {name: line[name] for name in ("arm", "metric", "statistic", "minus", "over") if name in line}
-        if wrong := [name for name, word in words.items() if not isinstance(word, str)]:
+        several = [name for name in ("arm", "over") if isinstance(line.get(name), list) and len(line[name]) > 1]
+        if wrong := [name for name, word in words.items() if not isinstance(word, str) and name not in several]:
             yield from (f"{key}.{name}: {words[name]!r} is not a word" for name in wrong)
             continue
         yield from (f"{key}.{name}: no value given" for name in ("arm", "metric", "statistic") if not line.get(name))
         for name, allowed in (("arm", arms), ("over", arms), ("statistic", STATISTICS)):
-            if line.get(name) and line[name] not in allowed:
-                yield f"{key}.{name}: {line[name]!r} is not one of {', '.join(allowed)}{nearest(str(line[name]), allowed)}"
+            for word in line[name] if name in several else [line[name]] if line.get(name) else []:
+                if word not in allowed:
+                    yield f"{key}.{name}: {word!r} is not one of {', '.join(allowed)}{nearest(str(word), allowed)}"
         bounds = [line[name] for name in ("at_least", "at_most") if name in line]
         if len(bounds) != 1 or isinstance(bounds[0], bool) or not isinstance(bounds[0], int | float) or not math.isfinite(bounds[0]):
             yield f"{key}: needs one of at_least and at_most, a number"
-        if "minus" in line and "over" in line:
-            yield f"{key}: minus and over exclude each other"
+        if "minus" in line and ("over" in line or "arm" in several):
+            yield f"{key}: minus excludes over, and a list of arms"
 
 
 def subject(line: Mapping[str, Any]) -> str:
     """What a line bounds, in words: 'max of A - B, arm'."""
     what = f"{line['metric']} - {line['minus']}" if "minus" in line else line["metric"]
-    whose = f"{line['over']} / {line['arm']}" if "over" in line else line["arm"]
+    arm, over = (f"spread over {', '.join(names)}" if isinstance(names, list) else names for names in (line["arm"], line.get("over")))
+    whose = f"({over}) / ({arm})" if isinstance(line.get("over"), list) else f"{over} / {arm}" if over else arm
     return f"{line['statistic']} of {what}, {whose}"
 
 
@@ -64,9 +68,9 @@ def check(line: Mapping[str, Any], seeds: Sequence[int], value: Callable[[str, i
     result: dict[str, Any] = {"what": subject(line), "arm": line["arm"], "metric": line["metric"], "values": {}}
     result |= {"at_least": "at_least" in line, "bound": line.get("at_least", line.get("at_most"))}
     for seed in seeds:
-        first = value(line["arm"], seed, line["metric"])
+        first = _of_arms(line["arm"], seed, line["metric"], value)
         other = (
-            value(line["over"], seed, line["metric"])
+            _of_arms(line["over"], seed, line["metric"], value)
             if "over" in line
             else value(line["arm"], seed, line["minus"])
             if "minus" in line
@@ -78,6 +82,14 @@ def check(line: Mapping[str, Any], seeds: Sequence[int], value: Callable[[str, i
     figure = STATISTICS[line["statistic"]](list(result["values"].values()))
     holds = figure >= result["bound"] if result["at_least"] else figure <= result["bound"]
     return {**result, "figure": figure, "holds": holds}
+
+
+def _of_arms(arms: str | list[str], seed: int, metric: str, value: Callable[[str, int, str], float | None]) -> float | None:
+    """The metric of an arm, or its spread over several."""
+    if isinstance(arms, str):
+        return value(arms, seed, metric)
+    values = [value(arm, seed, metric) for arm in arms]
+    return None if None in values else max(values) - min(values)  # type: ignore[type-var, operator]
 
 
 def sentence(checked: Mapping[str, Any]) -> str:

@@ -96,7 +96,7 @@ def check(config: DictConfig) -> dict[str, Any]:
         raise ConfigErrors([missing_or_broken(error)]) from error
     lines = problems(resolved)
     if len(lines) > 1:  # a value that follows another key is wrong because that one is
-        following = tuple(f"{path}:" for path in interpolated(OmegaConf.to_container(config)))
+        following = tuple(f"{path}{end}" for path in interpolated(OmegaConf.to_container(config)) for end in ":.")
         lines = [line for line in lines if not line.startswith(following)] or lines
     if lines:
         raise ConfigErrors(lines)
@@ -201,7 +201,8 @@ def run_folder(path: Path) -> Path:
     """
     folder = path if path.is_dir() else path.parent.parent
     if not (folder / "config.yaml").is_file():
-        raise UserError(f"ckpt: {str(path)!r} is not a run; a run directory holds config.yaml and checkpoints/")
+        holds = "a run directory holds config.yaml and checkpoints/, a Hugging Face folder config.json"
+        raise UserError(f"ckpt: {str(path)!r} is not a run; {holds}")
     return folder
 
 
@@ -224,7 +225,7 @@ def load_run(path: str | Path, changes: dict[str, Any] | None = None) -> Run:
     """Load a run directory or one of its checkpoint files. The only loader of trained models.
 
     Args:
-        path: RUN_DIR (its last checkpoint) or RUN_DIR/checkpoints/FILE.ckpt.
+        path: RUN_DIR (its last checkpoint), RUN_DIR/checkpoints/FILE.ckpt, or a Hugging Face folder, which becomes a run in .cache/ first.
         changes: {"rope": node, ...} laid over the run's own configuration; None values mean "as trained".
 
     Raises:
@@ -232,17 +233,19 @@ def load_run(path: str | Path, changes: dict[str, Any] | None = None) -> Run:
     """
     from components.data.tokenizers import Tokenizer as RunTokenizer
     from framework.checkpoint import load_weights, newest_checkpoint
+    from framework.foreign import CACHE, as_run
 
     path = Path(path)
     if not path.exists():
-        raise UserError(f"ckpt: {str(path)!r} does not exist; give a run directory or a checkpoint file")
+        raise UserError(f"ckpt: {str(path)!r} does not exist; give a run directory, a checkpoint file or a Hugging Face folder")
+    path = as_run(path, CACHE)
     folder = run_folder(path)
     file = path if path.is_file() else newest_checkpoint(path)
     config = read_config(folder)
     with open_dict(config):
         for key, value in (changes or {}).items():
             if value is not None:
-                config[key] = value
+                config[key] = plain(value)  # an interpolation in it may lead to what this configuration lacks
     tokenizer = RunTokenizer.load(folder / "tokenizer")
     model = build_model(config, tokenizer.vocab_size)
     build(config.adapter).apply(model)

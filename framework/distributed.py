@@ -326,7 +326,8 @@ def check_sharded(config: DictConfig, optimizer: torch.optim.Optimizer) -> None:
     """
     if type(optimizer) not in (torch.optim.AdamW, torch.optim.Adam, torch.optim.SGD):
         raise UserError(
-            f"optimizer: {type(optimizer).__name__} needs whole matrices, and trainer=fsdp leaves each process pieces; use optimizer=adamw"
+            f"optimizer: {type(optimizer).__name__} needs whole matrices, and trainer=fsdp leaves each process pieces of a flat vector; "
+            "use trainer=ddp, where the processes share out the state of the matrices, or optimizer=adamw"
         )
     if config.ema.enabled:
         raise UserError("ema.enabled: true needs whole parameters, and trainer=fsdp leaves each process pieces; use ema.enabled=false")

@@ -6,7 +6,7 @@ import dataclasses
 import json
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -26,18 +26,20 @@ from framework.prompts import Renderer, held_out_prompt
 from framework.runtime import prepare_process
 from framework.signatures import ALLOWED, describe, fits, locate
 
+ASKS = {"prompt": None, "prompts": None, "output": None, "n": 1}  # keys of some tasks, and what they are when nothing is asked
 KEYS: dict[str, Any] = {"max_new_tokens": int, "device": str, "adapter": dict[str, bool]}
 
 
 @dataclass
 class Context:
-    """What a task of generate.py works with. params: how to decode; out_dir: where files go."""
+    """What a task of generate.py works with. params: how to decode; out_dir: where files go; another: the same with another run."""
 
     run: Run
     engine: Engine
     params: SamplingParams
     out_dir: Path
     cache_dir: Path
+    another: Callable[[str], Context]
 
 
 @dataclass
@@ -59,17 +61,35 @@ def generate(config: DictConfig, out_dir: Path) -> dict[str, float]:
     prepare_process(config.seed)
     params = build(config.decode).params(config.max_new_tokens, config.seed)
     check_params(params)
-    path = resolve_checkpoint(config.ckpt, Path(config.paths.root))
+    path = resolve_checkpoint(config.ckpt, Path(config.paths.root), Path(config.paths.cache_dir))
     task = build(config.task)
-    run = load_run(path, {"rope": config.rope})
+    another_rule = "_target_" in config.rope
+    run = load_run(path, {"rope": config.rope if another_rule else None})
+    if not another_rule and config.rope.switch is not None:
+        switch_rope(run.model, config.rope.switch)
     if config.adapter.merge and not merge(cast(torch.nn.Module, run.model))["modules"]:
         raise UserError(f"adapter.merge: true, but {run.path} was trained without an adapter; drop the override")
     cast(torch.nn.Module, run.model).to(device(config.device))
     engine = build(config.engine, run.model, run.tokenizer)
-    metrics = task.run(Context(run, engine, params, out_dir, Path(config.paths.cache_dir)))
+
+    def another(path: str) -> Context:
+        other = load_run(resolve_checkpoint(path, Path(config.paths.root), Path(config.paths.cache_dir)))
+        cast(torch.nn.Module, other.model).to(device(config.device))
+        return dataclasses.replace(context, run=other, engine=build(config.engine, other.model, other.tokenizer))
+
+    context = Context(run, engine, params, out_dir, Path(config.paths.cache_dir), another)
+    metrics = task.run(context)
     out_dir.mkdir(parents=True, exist_ok=True)
     (out_dir / "metrics.json").write_text(json.dumps({**metrics, "seed": config.seed}, indent=2) + "\n")
     return metrics
+
+
+def switch_rope(model: Any, switch: str) -> None:
+    """Decode with another `rope.switch` than the run's own. Raises UserError where there is nothing to switch between."""
+    spec = getattr(model, "rope_spec", None)
+    if spec is None or not spec.bounds:
+        raise UserError(f"rope.switch: {switch!r}, but the run's RoPE rule has no second regime; drop the override")
+    model.set_rope(spec.switched(switch))
 
 
 def check_keys(config: DictConfig) -> None:
@@ -78,6 +98,10 @@ def check_keys(config: DictConfig) -> None:
     lines = [f"{key}: {values[key]!r} is not {describe(hint)}" for key, hint in KEYS.items() if not fits(values[key], hint)]
     if not lines and (set(values["adapter"]) != {"merge"} or not isinstance(values["adapter"]["merge"], bool)):
         lines.append(f"adapter: {values['adapter']!r}; its only key is merge, true or false")
+    if values["eval"] is not None and "evaluation" not in values["task"]:
+        lines.append("eval: this task measures nothing; add task=evaluate, or drop eval")
+    unheard = [key for key, nothing in ASKS.items() if values[key] != nothing and key not in values["task"]]
+    lines += [f"{key}: {values[key]!r}; this task does not look at it; drop it" for key in unheard]
     if lines:
         raise ConfigErrors(lines)
 

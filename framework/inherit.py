@@ -10,7 +10,8 @@ from omegaconf import DictConfig, OmegaConf, open_dict
 
 from components.errors import UserError
 from framework import build
-from framework.overrides import group_names
+from framework.foreign import CACHE, as_run
+from framework.overrides import CONF, group_names
 from framework.runs import INHERITED, choices, newest_run, typed_before
 
 # Keys that may change when a run is continued: they do not touch the numbers that it computes.
@@ -44,14 +45,21 @@ def lay_over(saved: DictConfig, composed: DictConfig, words: list[str], run: Pat
 def take_model(config: DictConfig, words: list[str]) -> None:
     """With `ckpt=`, take model, RoPE rule and tokenizer from that run; refuse words that contradict it.
 
+    The RoPE rule alone may be another: longer rows are trained from the weights of short ones. It starts from the run's `model.max_length`.
+
     Raises:
         UserError: no such run, or an override of one of them differs from the run's.
     """
-    config.ckpt = str(resolve_checkpoint(config.ckpt, Path(config.paths.root)))
+    config.ckpt = str(resolve_checkpoint(config.ckpt, Path(config.paths.root), Path(config.paths.cache_dir)))
     folder = build.run_folder(Path(config.ckpt))
     saved, chosen = build.read_config(folder), choices(folder)
+    plain = OmegaConf.load(CONF / "rope" / "none.yaml")
+    another_rule = config.rope._target_ != plain._target_  # an experiment's choice, which is no word
     for word in words:
         key, _, value = word.lstrip("+~").partition("=")
+        if key.split(".")[0] == "rope":
+            another_rule = True
+            continue
         if key.split(".")[0].split("/")[0] not in INHERITED and not key.startswith("data.tokenizer"):
             continue
         kept: Any = chosen.get(key) if key in group_names() else build.plain(OmegaConf.select(saved, key))
@@ -59,22 +67,26 @@ def take_model(config: DictConfig, words: list[str]) -> None:
         if typed != kept:
             raise UserError(f"{key}: {value!r} contradicts ckpt={config.ckpt}, which has {kept!r}; drop the override")
     with open_dict(config):
-        config.model, config.rope = saved.model, saved.rope
+        config.model = saved.model
+        if not another_rule:
+            config.rope = saved.rope
         if "tokenizer" in config.data and "tokenizer" in saved.data:
             config.data.tokenizer = saved.data.tokenizer
 
 
-def resolve_checkpoint(ckpt: str | None, root: Path) -> Path:
+def resolve_checkpoint(ckpt: str | None, root: Path, cache_dir: Path = CACHE) -> Path:
     """A `ckpt=` word as a path: RUN_DIR or FILE as given; null, last: the newest run below root; best: its best checkpoint.
 
+    A Hugging Face folder becomes a run in cache_dir.
+
     Raises:
-        UserError: there is no run, or no such path.
+        UserError: there is no run, no such path, or a Hugging Face folder that cannot be read.
     """
     if ckpt not in (None, "last", "best"):
         path = Path(str(ckpt))
         if not path.exists():
-            raise UserError(f"ckpt: {ckpt!r} does not exist; give a run directory, a checkpoint file, last or best")
-        return path
+            raise UserError(f"ckpt: {ckpt!r} does not exist; give a run directory, a checkpoint file, a Hugging Face folder, last or best")
+        return as_run(path, cache_dir)
     found = newest_run(root, trained=True)
     if found is None:
         raise UserError(f"no trained run under {root}/; train one first: python train.py")

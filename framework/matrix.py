@@ -33,6 +33,7 @@ from framework.cells import (
     Outcome,
     Rule,
     cross_cells,
+    fits,
     label,
     legal_cells,
     mark_twins,
@@ -45,7 +46,7 @@ from framework.runs import replace_file
 from framework.trial import Trial, moved_wrongly, resumed_wrongly
 
 ENTRY = Path(__file__).resolve().parent.parent / "train.py"
-FEWER = {"train_documents": "200", "val_documents": "20"}  # for data that are made on the spot
+FEWER = {"train_documents": "200", "val_documents": "20", "train_problems": "200", "val_problems": "20"}  # of data made on the spot
 
 
 class Bench:
@@ -56,7 +57,7 @@ class Bench:
 
     def __init__(self, folder: Path) -> None:
         self.folder = folder
-        self.rules, self.still = read_rules()
+        self.rules, self.still, self.twins = read_rules()
         self.text = folder / "text.jsonl"  # rows that every kind of data can read
         self.text.write_text("".join(f'{{"text": "{q}{a}", "prompt": "{q}", "completion": "{a}"}}\n' for q, a in _questions(400)))
         self.small: Cell = {
@@ -191,7 +192,9 @@ def captured(start: Callable[[list[str]], int], words: list[str]) -> tuple[int, 
 def run_decoding(bench: Bench, cell: Cell, run: Path, start: Callable[[list[str]], int]) -> Outcome:
     """Try one option of generate.py on a trained run. start: as in `run_single`."""
     outcome, folder = Outcome(cell), bench.folder / "generate" / re.sub(r"\W+", "_", label(cell))
-    words = [f"ckpt={run}", "prompt=What is", "max_new_tokens=4", "device=cpu", f"paths.output_dir={folder}"]
+    task = yaml.safe_load((overrides.CONF / "task" / f"{cell.get('task', 'answer')}.yaml").read_text())
+    asked = ["prompt=What is"] if "prompt" in task else []  # other tasks bring their own questions
+    words = [f"ckpt={run}", *asked, "max_new_tokens=4", "device=cpu", f"paths.output_dir={folder}"]
     code, printed = captured(start, [*words, f"paths.cache_dir={bench.folder / 'cache'}", *label(cell).split()])
     refusals = [line.removeprefix("error: ") for line in printed.splitlines() if line.startswith("error: ")]
     if code == 2 and refusals:
@@ -237,7 +240,7 @@ def tasks(bench: Bench) -> list[tuple[Cell, Callable[[], Outcome]]]:
     listed = [cell for rule in bench.rules if rule.holds_here for cell in rule.cells()]
     singles = single_cells("train")
     found += [(cell, partial(run_single, bench, cell, train_here)) for cell in [*singles, *legal_cells(bench.rules)]]
-    known += singles
+    known += [*singles, *single_cells("generate")]
     found += [(cell, partial(refusal, bench, cell)) for cell in listed if cell not in known]
     run = bench.folder / "runs" / "default" / "run"
     if single_cells("generate"):
@@ -249,7 +252,17 @@ def refusal(bench: Bench, cell: Cell) -> Outcome:
     """Try a listed cell as far as it must not get: the check of its configuration, then two steps."""
     if all(key in CROSS or "/" in key or "." in key for key in cell):
         return run_cell(bench, cell)
+    if "task" in cell and not fits("train", "task", cell["task"]):
+        return run_decoding(bench, cell, default_run(bench), generate_here)
     return run_single(bench, cell, train_here)
+
+
+def default_run(bench: Bench) -> Path:
+    """The run of all defaults, trained when it is first asked for."""
+    root = bench.folder / "runs" / "default"
+    if not list(root.glob("**/run_state.json")):
+        run_single(bench, {}, train_here)
+    return next(root.glob("**/run_state.json")).parent
 
 
 def publish(out_dir: Path) -> Path:
@@ -266,7 +279,7 @@ def publish(out_dir: Path) -> Path:
             bar.update(line, description=label(cell) or "default")
             outcomes.append(attempt())
             bar.advance(line)
-        mark_twins(outcomes[: len(cross_cells())])
+        mark_twins(outcomes[: len(cross_cells())], bench.twins)
         table = [row(outcome, bench.rules) for outcome in outcomes]
     replace_file(out_dir / "matrix.csv", as_csv(table))
     replace_file(out_dir / "matrix.md", as_markdown(table, time.perf_counter() - started))

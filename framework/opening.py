@@ -13,7 +13,7 @@ from framework import runtime
 from framework.estimate import count_parameters
 from framework.logging import RunLogger, masked, masked_word
 from framework.parts import Parts, sweep_of
-from framework.runs import choices, inherited_choices, read_state, write_state
+from framework.runs import choices, read_state, with_inherited, write_state
 
 
 def open_run(config: DictConfig, run_dir: Path, parts: Parts, service: RunLogger | None) -> None:
@@ -23,7 +23,7 @@ def open_run(config: DictConfig, run_dir: Path, parts: Parts, service: RunLogger
     write_state(
         run_dir, name=config.name, seed=config.seed, status="running", created=state.get("created", now),
         step=parts.start_step, tokens=state.get("tokens", 0), versions=runtime.versions(), git=runtime.git_state(),
-        data=parts.data_state, choices=choices(run_dir) | inherited_choices(config.ckpt, Path(config.paths.root)),
+        data=parts.data_state, choices=with_inherited(choices(run_dir), config.ckpt, Path(config.paths.root)),
     )  # fmt: skip
     if service is None:
         return

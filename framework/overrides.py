@@ -60,6 +60,9 @@ def explain_one(config_name: str, good: list[str], override: str, error: Excepti
         return f"{key}: {value!r} is not an option; {where}{nearest(value, options)}"
     if override.startswith("+") and key in groups:
         return f"{override}: {key} is already in the defaults; drop the plus sign and write {key}={value}"
+    beside = re.search(r"Could not override '(\w+)", str(error))
+    if beside and key in groups and beside[1] != key:  # the option needs a group that this command does not have
+        return f"{key}: {value!r} belongs to the other command, python {'generate' if config_name == 'train' else 'train'}.py"
     keys = known_keys(compose(config_name, good))
     candidates = [*groups, *keys]
     close = nearest(key, candidates) or nearest(key.rpartition(".")[2], [k.rpartition(".")[2] for k in keys])

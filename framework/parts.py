@@ -32,7 +32,8 @@ class Parts:
 def build_parts(config: DictConfig, run_dir: Path, resuming: bool) -> Parts:
     """Data, model and adapter; weights of `ckpt=` loaded, the checkpoint to resume found and compared."""
     data: Any = build.build_data(config)
-    source = build.load_run(config.ckpt) if config.ckpt and not resuming else None
+    file = newest_intact(run_dir) if resuming else None
+    source = build.load_run(config.ckpt, {"rope": config.rope}) if config.ckpt and file is None else None
     own = run_dir / "tokenizer"
     given = source.tokenizer if source is not None else SavedTokenizer.load(own) if resuming and own.is_dir() else None
     data.prepare(Path(config.paths.cache_dir), given)
@@ -44,7 +45,6 @@ def build_parts(config: DictConfig, run_dir: Path, resuming: bool) -> Parts:
     build.build(config.adapter).apply(model)
     model.train()
     model.gradient_checkpointing = bool(config.gradient_checkpointing)
-    file = newest_intact(run_dir) if resuming else None
     if file is not None and (difference := mismatch(model, model_weights(read_checkpoint(file)))):
         raise UserError(f"resume: {str(file)!r} is of another architecture: {difference}")
     data_state = data.fingerprint

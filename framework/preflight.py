@@ -26,7 +26,7 @@ from framework.estimate import Estimate, Rehearsal, occurrences, rehearse, witho
 from framework.inherit import take_model
 from framework.overrides import group_names, group_options
 from framework.parts import Parts, build_parts
-from framework.runs import inherited_choices
+from framework.runs import with_inherited
 from framework.validate import RULES, problems
 
 PARTS = ("data", "model", "adapter", "optimizer", "schedule", "task", "trainer", "logger")
@@ -115,7 +115,7 @@ def typed_choices(config: DictConfig) -> dict[str, str]:
     if not HydraConfig.initialized():
         return {}
     chosen = {group: str(option) for group, option in HydraConfig.get().runtime.choices.items() if option not in (None, "null")}
-    return chosen | inherited_choices(config.ckpt, Path(config.paths.root))
+    return with_inherited(chosen, config.ckpt, Path(config.paths.root))
 
 
 def resolved_parts(config: DictConfig, choices: dict[str, str]) -> list[tuple[str, str, str]]:

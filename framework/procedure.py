@@ -5,16 +5,20 @@ Such a task is a subclass of `Procedure`; every other one is a LightningModule. 
 
 from __future__ import annotations
 
+import itertools
+import sys
 import time
-from collections.abc import Mapping
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
+from contextlib import AbstractContextManager
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 import torch
-from omegaconf import DictConfig
+from omegaconf import DictConfig, OmegaConf
+from torch import Tensor
 
-from components.contracts import Data, Tokenizer, UserError
+from components.contracts import IGNORE, Batch, Data, Tokenizer, UserError
 from framework import build, runtime
 from framework.estimate import count_parameters
 from framework.logging import LocalLogger, RunLogger, say, write_summary
@@ -22,6 +26,9 @@ from framework.opening import open_run
 from framework.parts import Parts
 from framework.runs import write_state
 from framework.signatures import locate
+
+# What a procedure would pass over in silence, and its value when it is off.
+ASKS = {"stop.train_loss_below": "null", "data.eval_lengths": "[]", "compile.enabled": "false", "ema.enabled": "false"}
 
 
 @dataclass
@@ -41,6 +48,8 @@ class Context:
     loggers: list[RunLogger]
     signals: runtime.StopSignals
     run_dir: Path
+    goes_on: bool  # as that of the procedure
+    closing: list[str] = field(default_factory=list)  # lines for the user at the very end
 
     def log(self, row: Mapping[str, float], step: int) -> None:
         """Write one row of metrics.csv and of the service; 'tokens' in it is the service's x-axis."""
@@ -55,11 +64,20 @@ class Context:
         if line is not None:
             say(line)
         if (signum := self.signals.received) is not None:
-            raise runtime.Interrupted(signum, f"stopped; start it again with: python train.py resume={self.run_dir}")
+            how = "go on" if self.goes_on else "start it again"
+            raise runtime.Interrupted(signum, f"stopped; {how} with: python train.py resume={self.run_dir}")
 
 
 class Procedure:
-    """Base of the tasks of train.py that are no LightningModule."""
+    """Base of the tasks of train.py that are no LightningModule.
+
+    goes_on: whether a resumed run keeps what was done before, its rows of metrics among it; if not, it starts from the beginning.
+    """
+
+    goes_on = False
+
+    def check(self, config: DictConfig, parts: Parts) -> None:
+        """Raise UserError for what it cannot work with. Called before anything is written, so that a mistake leaves no run behind."""
 
     def run(self, context: Context) -> dict[str, float]:
         """Do the work and return the metrics."""
@@ -72,8 +90,14 @@ def is_procedure(task: Any) -> bool:
     return isinstance(target, type) and issubclass(target, Procedure)
 
 
-def run_procedure(config: DictConfig, run_dir: Path, parts: Parts) -> dict[str, float]:
-    """Run the configured procedure; whatever happens, leave a true status and nothing open behind.
+def check_procedure(config: DictConfig, parts: Parts) -> None:
+    """Raise UserError for what the configured procedure, or any, cannot work with."""
+    place(config)
+    build.build(config.task).check(config, parts)
+
+
+def run_procedure(config: DictConfig, run_dir: Path, parts: Parts, resuming: bool) -> dict[str, float]:
+    """Run or resume the configured procedure; whatever happens, leave a true status and nothing open behind.
 
     Returns: the metrics of metrics.json: those of the procedure, and seed, seconds, parameters and peak memory.
     Raises: UserError for what the user can mend; Interrupted after a signal.
@@ -82,8 +106,9 @@ def run_procedure(config: DictConfig, run_dir: Path, parts: Parts) -> dict[str, 
     device, dtype = place(config)
     parts.model.to(device).eval()
     signals, service = runtime.StopSignals(), build.build(config.logger)
-    loggers: list[RunLogger] = [LocalLogger(run_dir), *([service] if service is not None else [])]
-    context = Context(parts.model, parts.tokenizer, parts.data, device, dtype, config.seed, loggers, signals, run_dir)
+    rows = LocalLogger(run_dir, keep_up_to=sys.maxsize if resuming and task.goes_on else -1)
+    loggers: list[RunLogger] = [rows, *([service] if service is not None else [])]
+    context = Context(parts.model, parts.tokenizer, parts.data, device, dtype, config.seed, loggers, signals, run_dir, task.goes_on)
     trainable, total = count_parameters(parts.model)
     say(f"{total:,} parameters; {type(task).__name__} on {device.type} ({str(dtype).removeprefix('torch.')})")
     open_run(config, run_dir, parts, service)
@@ -106,7 +131,8 @@ def run_procedure(config: DictConfig, run_dir: Path, parts: Parts) -> dict[str, 
         lines = [line for logger in loggers for line in logger.close(code, metrics)]
         for line in lines:
             say(line)
-    say(f"{metrics['seconds']:.0f} s; results in {run_dir}")
+    for line in (f"{metrics['seconds']:.0f} s; results in {run_dir}", *context.closing):
+        say(line)
     return metrics
 
 
@@ -117,3 +143,41 @@ def place(config: DictConfig) -> tuple[torch.device, torch.dtype]:
         raise UserError(f"trainer.devices: {trainer.get('devices')}; this task runs in one process; use trainer=cpu or trainer=gpu")
     cuda = trainer.accelerator in ("gpu", "cuda") or (trainer.accelerator == "auto" and torch.cuda.is_available())
     return torch.device("cuda" if cuda else "cpu"), runtime.compute_dtype(trainer.precision)
+
+
+def autocast(context: Context) -> AbstractContextManager[Any]:
+    return torch.autocast(context.device.type, context.dtype, enabled=context.dtype != torch.float32)
+
+
+def refuse_unheard(config: DictConfig, heard: Sequence[str] = ()) -> None:
+    """Raise UserError for the first key of ASKS that is set: it would be ignored in silence. heard: keys that the task does look at."""
+    for key, off in ASKS.items():
+        if key in heard:
+            continue
+        value = OmegaConf.select(config, key)
+        if value is not None and value is not False and value != []:  # 0.0 asks for something
+            raise UserError(f"{key}: {value}; this task trains and evaluates nothing, so that it would have no effect; leave it {off}")
+
+
+def text_ids(data: Data, count: int, seed: int, key: str, most: int | None = None) -> Tensor:
+    """(count,) int64: tokens of the held-out text in reading order, then of the training text. most: take up to so many where they are.
+
+    Raises: UserError, naming `key`, where there are not `count`.
+    """
+    wanted = count if most is None else most
+    epoch = data.train_stream(seed)
+    found: list[Tensor] = []
+    for batch in itertools.chain(data.val_batches(), itertools.islice(epoch, len(epoch))):
+        found += said(batch, data.tokenizer.eot_id)
+        if sum(map(len, found)) >= wanted:
+            break
+    if (have := sum(map(len, found))) >= count:
+        return torch.cat(found)[:wanted].long()
+    raise UserError(f"{key}: the data has {have:,} tokens and {count:,} are needed; lower it, or give more text")
+
+
+def said(batch: Batch, eot_id: int) -> list[Tensor]:
+    """The tokens that each row reads, whether they are labels or not, without what fills it up at the end."""
+    assert batch.labels is not None
+    used = (batch.labels != IGNORE) | (batch.input_ids != eot_id)  # (B, T)
+    return [row[: int(some.nonzero()[-1]) + 1] for row, some in zip(batch.input_ids, used, strict=True) if some.any()]

@@ -8,7 +8,7 @@ from typing import Any
 
 from omegaconf import OmegaConf
 
-from framework.runs import inherited_choices, newest_run, read_state
+from framework.runs import newest_run, read_state, with_inherited
 from framework.sweep import job_folder
 
 HIGHER_IS_BETTER = ("accuracy", "reward", "score", "exact_match", "win_rate", "pass@", "f1", "per_second", "mfu")
@@ -33,7 +33,7 @@ def run_dir(resume: str | None, root: str, name: str, now: str, choices: Any, se
         if not read_state(Path(resume)):  # not a run: hydra must neither create nor fill it; the job reports it
             return str(Path(root) / ".rejected" / now)
         return str(resume)
-    parts = {**choices, **inherited_choices(ckpt, Path(root))}
+    parts = with_inherited(choices, ckpt, Path(root))
     return str(Path(root) / name / f"{now}_{slug(parts, seed)}")
 
 
@@ -80,7 +80,14 @@ def tuned(key: str, *, _root_: Any) -> Any:
     return chosen(key, _root_)
 
 
+def run_of(folder: str | None, *words: str, _root_: Any) -> str:
+    """Folder of the finished run below `folder` that has this job's seed, and the options or values KEY=VALUE."""
+    from framework.arms import run_of as found
+
+    return found(folder or "", words, _root_)
+
+
 def register() -> None:
     """Register all resolvers; harmless when called again (multirun, tests)."""
-    for function in (slug, run_dir, run_sub, job_dir, direction, failure_rate, precision, tuned):
+    for function in (slug, run_dir, run_sub, job_dir, direction, failure_rate, precision, tuned, run_of):
         OmegaConf.register_new_resolver(function.__name__, function, replace=True)

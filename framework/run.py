@@ -5,7 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 
 from hydra.core.hydra_config import HydraConfig
-from omegaconf import DictConfig
+from omegaconf import DictConfig, open_dict
 
 from components.errors import UserError
 from framework import build, sweep
@@ -69,16 +69,30 @@ def resume(config: DictConfig, run_dir: Path) -> float | None:
     if changed and not config.resume_force:
         keys = ", ".join(changed)
         raise UserError(f"resume: {keys} would change the numbers of {run_dir}; drop it, or add resume_force=true to continue inexactly")
-    step, steps = state.get("step", 0), int(saved.trainer.max_steps)
-    if state.get("status") == "done" and step >= steps:
-        print(f"{run_dir} is finished (step {step} of {steps}); nothing to resume. Use it: python generate.py ckpt={run_dir}")
+    if state.get("status") == "done" and is_complete(saved, run_dir, state.get("step", 0)):
         return None
     build.check(saved)
     return start(saved, run_dir, resuming=True)
 
 
+def is_complete(config: DictConfig, run_dir: Path, step: int) -> bool:
+    """Has a finished run nothing left to do? Says so then. step: optimizer steps done; more may be asked for now."""
+    from framework.procedure import is_procedure
+
+    steps = int(config.trainer.max_steps)
+    if is_procedure(config.task):
+        print(f"{run_dir} is finished; nothing to resume. What came out: {run_dir / 'metrics.json'}")
+        return True
+    if step >= steps:
+        print(f"{run_dir} is finished (step {step} of {steps}); nothing to resume. Use it: python generate.py ckpt={run_dir}")
+    return step >= steps
+
+
 def generate(config: DictConfig) -> float | None:
     """Generate from a trained run."""
+    if "_target_" in config.rope and config.rope.switch is None:  # another rule, with its own switch where it has one
+        with open_dict(config):
+            del config.rope.switch
     build.check(config)
     from framework.generate import generate as run_generation
 

@@ -6,15 +6,17 @@ import contextlib
 import fcntl
 import json
 import os
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
 from omegaconf import OmegaConf
 
+from framework.foreign import is_foreign
+
 STATE_FILE, LOCK_FILE = "run_state.json", ".lock"
 FINISHED = ("done", "diverged", "imported")  # statuses after which going on makes no sense by itself
-INHERITED = ("model", "model/size", "model/variant", "rope")  # choices that `ckpt=` takes from its run
+INHERITED = ("model", "model/size", "model/variant", "rope")  # choices that `ckpt=` takes from its run; `rope` may be chosen anew
 
 
 def read_state(run: Path) -> dict[str, Any]:
@@ -81,10 +83,18 @@ def choices(run: Path) -> dict[str, str]:
     return {k: v for k, v in stored.items() if v not in (None, "null") and not k.startswith("hydra/")}
 
 
-def inherited_choices(ckpt: str | None, root: Path) -> dict[str, str]:
-    """Choices that a run which starts from `ckpt` takes from there."""
+def with_inherited(own: Mapping[str, Any], ckpt: str | None, root: Path) -> dict[str, Any]:
+    """A run's choices when it starts from `ckpt`: model and size of that run, and its RoPE rule unless another was chosen.
+
+    A Hugging Face folder, which is no run yet, gives its name for the model.
+    """
     source = source_run(str(ckpt), root) if ckpt else None
-    return {} if source is None else {group: option for group, option in choices(source).items() if group in INHERITED}
+    taken = {} if source is None else {group: option for group, option in choices(source).items() if group in INHERITED}
+    if source is None and ckpt and is_foreign(Path(str(ckpt))):
+        taken = {"model": Path(str(ckpt)).resolve().name, "model/size": "none"}
+    if own.get("rope", "none") != "none":  # the plain rule is the default, so that it counts as not chosen
+        taken.pop("rope", None)
+    return {**own, **taken}
 
 
 def typed_before(run: Path) -> list[str]:

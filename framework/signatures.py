@@ -125,6 +125,7 @@ def plain(hint: Any) -> bool:
 def describe(hint: Any) -> str:
     """An annotation in a user's words."""
     names = {int: "a whole number", float: "a number", bool: "true or false", str: "text", type(None): "null"}
+    several = {int: "whole numbers, such as [128, 256]", float: "numbers, such as [0.1, 0.5]"}
     origin, arguments = typing.get_origin(hint), typing.get_args(hint)
     if origin in (Union, types.UnionType):
         return " or ".join(describe(option) for option in arguments)
@@ -136,7 +137,7 @@ def describe(hint: Any) -> str:
     if inspect.isclass(container) and issubclass(container, Mapping):
         return "a mapping"
     if inspect.isclass(container) and issubclass(container, Sequence):
-        return "a list" + (f" of {describe(arguments[0])}" if arguments else "")
+        return "a list" + (f" of {several.get(arguments[0]) or describe(arguments[0])}" if arguments else "")
     return getattr(hint, "__name__", str(hint))
 
 

@@ -35,7 +35,7 @@ from framework.logging import LocalLogger, RunLogger, read_rows, say, say_text, 
 from framework.opening import open_run
 from framework.parts import Parts, build_parts, save_setup, with_head
 from framework.plots import loss_curve
-from framework.procedure import is_procedure, run_procedure
+from framework.procedure import check_procedure, is_procedure, run_procedure
 from framework.runs import write_state
 
 NOISE = ("lightning.pytorch", "lightning.fabric", "lightning")  # loggers that repeat what we say ourselves
@@ -63,9 +63,11 @@ def train(config: DictConfig, run_dir: Path, resuming: bool = False) -> dict[str
     with contextlib.nullcontext() if first else contextlib.redirect_stdout(io.StringIO()), warnings.catch_warnings():
         warnings.filterwarnings("ignore", module=r"lightning\..*")  # advice on loaders and logging that does not apply here
         parts = build_parts(config, run_dir, resuming)
+        if procedure := is_procedure(config.task):
+            check_procedure(config, parts)
         config = save_setup(config, run_dir, parts) if first else with_head(config, parts)
-        if is_procedure(config.task):
-            return run_procedure(config, run_dir, parts)
+        if procedure:
+            return run_procedure(config, run_dir, parts, resuming)
         session = Session(config, run_dir, parts, resuming)
         return session.run() if first else session.follow()
 
@@ -172,7 +174,7 @@ class Session:
         for key in groups[0] if groups else ():
             table.add_column(key, justify="left" if isinstance(groups[0][key], str) else "right")
         for group in groups:
-            table.add_row(*(f"{value:,}" if isinstance(value, int) else str(value) for value in group.values()))
+            table.add_row(*(f"{x:,}" if isinstance(x, int) else f"{x:g}" if isinstance(x, float) else x for x in group.values()))
         Console(width=160).print(table)
         if parts.resume_file is not None:
             say(f"going on from {parts.resume_file}")

@@ -9,7 +9,7 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Any, Literal, get_type_hints
 
-from framework.signatures import check_targets, describe, fits, nearest
+from framework.signatures import check_targets, describe, fits, locate, nearest
 
 
 @dataclass
@@ -170,6 +170,20 @@ def completions_are_marked(config: dict[str, Any]) -> Iterator[str]:
         yield "task.loss_on: 'completion' needs data that marks completions, and this data option does not; use data=chat, or task=pretrain"
 
 
+def pairs_are_compared(config: dict[str, Any]) -> Iterator[str]:
+    """Of what is trained; a procedure may read any data."""
+    takes, has = (getattr(locate(config[part]["_target_"], ("",)), key, None) for part, key in (("task", "takes_pairs"), ("data", "pairs")))
+    if takes and not has:
+        yield "task: compares two answers to a prompt, and this data option holds no such pairs; use data=preference data.path=FILE.jsonl"
+    if has and takes is False:
+        yield "data: holds pairs of answers, which this task cannot compare; use task=dpo with it, or another data option"
+
+
+def reference_is_named(config: dict[str, Any]) -> Iterator[str]:
+    if "reference" in config["task"] and config["task"]["reference"] is None:
+        yield "ckpt: null; this task starts from a trained run and is held near it; write ckpt=RUN_DIR, or ckpt=last"
+
+
 def position_uses_rope(config: dict[str, Any]) -> Iterator[str]:
     rule = str((config.get("rope") or {}).get("_target_", ""))
     if config["model"].get("position") == "none" and "factor" in (config.get("rope") or {}):
@@ -211,6 +225,8 @@ RULES: tuple[Callable[[dict[str, Any]], Iterator[str]], ...] = (
     vocabulary_holds_tokenizer,
     warmup_fits,
     completions_are_marked,
+    pairs_are_compared,
+    reference_is_named,
     position_uses_rope,
     precision_fits,
     accelerator_is_there,

@@ -6,15 +6,15 @@ import logging
 import math
 import warnings
 from collections import deque
-from collections.abc import Iterator
-from contextlib import contextmanager, suppress
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any, Literal, cast
 
 import torch
 from torch import Tensor, nn
 
-from components.contracts import Batch, Completion, DecodeState, Model, SamplingParams, Tokenizer, UserError
+from components.contracts import Batch, Completion, DecodeState, Model, RopeSpec, SamplingParams, Tokenizer, UserError
 from components.data.tokenizers import StreamDecoder
 from components.decoding.graph_step import StaticSteps
 from components.decoding.sampling import check_params, sample_token, uniforms
@@ -26,11 +26,12 @@ HEAD_ELEMENTS = 1 << 22  # logits held at once while scoring: 16 MiB of float32,
 
 @dataclass
 class Row:
-    """One prompt on its way. `index` names it for the random numbers; `ids` starts with the prompt."""
+    """One prompt on its way. `index` names it for the random numbers; `ids` starts with the prompt; `limit`: most tokens it may come to."""
 
     index: int
     ids: list[int]
     prompt_length: int
+    limit: int
     logprobs: list[float] = field(default_factory=list)
     finish_reason: Literal["stop", "length"] | None = None
 
@@ -48,7 +49,7 @@ class NativeEngine:
 
     Args:
         model: called in eval mode without gradients; its mode is restored after every step, so a model in training can be passed.
-        tokenizer: its `eot_id` and, where it has one, `<|end|>` stop a row.
+        tokenizer: its `stop_ids` stop a row; its `unsaid_ids`, and rows of the head above its vocabulary, are never sampled.
         max_batch: rows decoded together; more prompts wait.
         prefill_chunk: prompt tokens per forward; bounds the memory of long prompts.
         dtype: float32, or bfloat16 autocast.
@@ -75,9 +76,9 @@ class NativeEngine:
         self.model, self.tokenizer = model, tokenizer
         self.max_batch, self.prefill_chunk, self.dtype = max_batch, prefill_chunk, getattr(torch, dtype)
         self.device = next(_module(model).parameters()).device
-        self.stop_ids, blocked = _special_ids(tokenizer)
+        self.stop_ids = set(tokenizer.stop_ids)
         self._blocked = torch.arange(model.vocab_size, device=self.device) >= tokenizer.vocab_size  # (V,)
-        self._blocked[blocked] = True
+        self._blocked[list(tokenizer.unsaid_ids)] = True
         self._static = static_steps == "always" or (static_steps == "auto" and self.device.type == "cuda")
         self._warned = False
         self._generated = 0
@@ -142,7 +143,7 @@ class NativeEngine:
         self._check_ids(prompts)
         longest = max(map(len, prompts), default=0) + params.max_new_tokens
         self._warn_if_longer_than_trained(longest)
-        waiting = deque(Row(index, list(prompt), len(prompt)) for index, prompt in enumerate(prompts))
+        waiting = deque(Row(index, list(prompt), len(prompt), len(prompt) + params.max_new_tokens) for index, prompt in enumerate(prompts))
         active: list[Row] = []
         state: DecodeState | None = None
         static = StaticSteps(self.model, self.dtype) if self._static else None  # not kept: it holds where the weights lie now
@@ -169,13 +170,14 @@ class NativeEngine:
 
         Returns the rows in the order of the state, logits (B, V) after their last token, and the state with room for `longest` tokens.
         """
-        lengths: dict[int, list[Row]] = {}
+        lengths: dict[tuple[int, int], list[Row]] = {}
         for row in rows:
-            lengths.setdefault(len(row.ids), []).append(row)
+            lengths.setdefault((len(row.ids), row.limit), []).append(row)
         parts, states = [], []
         for group in lengths.values():
             distinct = list({tuple(row.ids): None for row in group})
             state = self.model.new_state(len(distinct), longest, self.dtype)
+            self._plan(state, [group[0].limit if self._switch == "upfront" else len(ids) for ids in distinct])
             hidden = self._read(torch.tensor(distinct, device=self.device), state, max(1, self.prefill_chunk // len(distinct)))
             if len(distinct) < len(group):
                 source = torch.tensor([distinct.index(tuple(row.ids)) for row in group], device=self.device)
@@ -185,6 +187,14 @@ class NativeEngine:
         ordered = [row for group in lengths.values() for row in group]
         return ordered, torch.cat(parts), _join(states)
 
+    @property
+    def _switch(self) -> str:
+        return getattr(getattr(self.model, "rope_spec", None), "switch", "recompute")
+
+    def _plan(self, state: DecodeState, lengths: list[int]) -> None:
+        """Before the first chunk, which does not know how long the row will be."""
+        state.plan(torch.tensor(lengths, device=self.device))
+
     def _read(self, ids: Tensor, state: DecodeState, chunk: int) -> Tensor:
         """Feed ids (B, T) to the state, `chunk` tokens at a time. Returns the hidden state (B, D) after the last."""
         for piece in ids.split(chunk, dim=1):
@@ -192,24 +202,26 @@ class NativeEngine:
         return hidden
 
     def _step(self, rows: list[Row], state: DecodeState, longest: int, static: StaticSteps | None) -> tuple[Tensor, DecodeState]:
-        """Feed each row its last token. Returns logits (B, V) and the state, rebuilt where the step made a row's cache stale."""
+        """Feed each row its last token. Returns logits (B, V) and the state; a row that leaves its RoPE regime is read anew."""
+        stale = state.stale_rows(1)
+        if stale.any():
+            return self._step_apart(rows, state, longest, stale.tolist())
         last = torch.tensor([[row.ids[-1]] for row in rows], device=self.device)
         if static is not None and self._can_be_static(state):
-            logits, state = static(last, cast(Any, state))
-        else:
-            logits = self.model.logits(self.model(Batch(last), state).hidden[:, -1]).float()
-        stale = state.stale_rows()
-        if not stale.any():
-            return logits, state
-        states = []
+            return static(last, cast(Any, state))
+        return self.model.logits(self.model(Batch(last), state).hidden[:, -1]).float(), state
+
+    def _step_apart(self, rows: list[Row], state: DecodeState, longest: int, stale: list[bool]) -> tuple[Tensor, DecodeState]:
+        """As `_step`, where the cache of some rows is of no use any more. One row at a time: it happens once in the life of a row."""
+        logits, states = [], []
         for index, row in enumerate(rows):
             if stale[index]:
-                _, again, fresh = self._prefill([row], longest)
-                logits[index] = again[0]
-                states.append(fresh)
+                _, found, after = self._prefill([row], longest)
             else:
-                states.append(state.select(torch.tensor([index], device=self.device)))
-        return logits, _join(states)
+                found, after = self._step([row], state.select(torch.tensor([index], device=self.device)), longest, None)
+            logits.append(found)
+            states.append(after)
+        return torch.cat(logits), _join(states)
 
     def _can_be_static(self, state: DecodeState) -> bool:
         """Whether the state keeps its size; if not, say so once and decode step by step."""
@@ -249,16 +261,24 @@ class NativeEngine:
             sequence = torch.tensor(sequences[index])
             ids[row, : len(sequence) - 1], following[row, : len(sequence) - 1] = sequence[:-1], sequence[1:]
         with self._quiet():
-            hidden = self.model(Batch(ids).to(self.device)).hidden  # (B, T, D)
+            hidden = self.model(Batch(ids, rope_regime=self._regimes(len(sequences[index]) - 1 for index in group)).to(self.device)).hidden
             found = self._logprobs(hidden.flatten(0, 1), following.flatten().to(self.device)).view(ids.shape)
         for row, index in enumerate(group):
             scores[index] = found[row, : len(sequences[index]) - 1].cpu()
+
+    def _regimes(self, lengths: Iterable[int]) -> Tensor | None:
+        """(B,) int8: the RoPE regime of each row by its own length, however far it is padded; None where there is one."""
+        spec: RopeSpec | None = getattr(self.model, "rope_spec", None)
+        if spec is None or not spec.bounds:
+            return None
+        return torch.tensor([spec.regime_of(length) for length in lengths], dtype=torch.int8)
 
     def _score_long(self, sequence: list[int]) -> Tensor:
         """Score one sequence through the cache, prefill_chunk tokens at a time."""
         ids = torch.tensor([sequence], device=self.device)
         with self._quiet():
             state = self.model.new_state(1, len(sequence), self.dtype)
+            self._plan(state, [len(sequence) - 1])
             pieces = zip(ids[:, :-1].split(self.prefill_chunk, 1), ids[:, 1:].split(self.prefill_chunk, 1), strict=True)
             return torch.cat([self._logprobs(self.model(Batch(piece), state).hidden[0], after[0]) for piece, after in pieces]).cpu()
 
@@ -279,12 +299,18 @@ class NativeEngine:
                 raise ValueError(f"sequence {index} holds id {max(ids)}; the model knows 0 to {self.model.vocab_size - 1}")
 
     def _warn_if_longer_than_trained(self, length: int) -> None:
-        limit = getattr(self.model, "max_length", None)
-        if getattr(self.model, "window", None) is not None:
-            return  # no distance inside a window is new, however long the text grows
-        if limit is not None and length > limit and not self._warned:
-            self._warned = True  # once an engine, not once a prompt
-            warnings.warn(f"up to {length} tokens, but the model was trained at {limit}; quality may drop beyond that", stacklevel=3)
+        """Once an engine, not once a prompt. Silent where every distance that a query meets is one that was trained."""
+        limit, window = (getattr(self.model, name, None) for name in ("max_length", "window"))
+        if limit is None or length <= limit or self._warned:
+            return
+        # Without positions not even a window helps: such attention gets worse beyond the trained length (arXiv 2406.07522, table 3, NoPE).
+        # A window of 0 is that of a model without attention.
+        blind = getattr(self.model, "rope_spec", True) is None
+        if window == 0 or (window is not None and window <= limit and not blind):
+            return
+        self._warned = True
+        why = ", and without positions (model.position=none)" if blind else ""
+        warnings.warn(f"up to {length} tokens, but the model was trained at {limit}{why}; quality may drop beyond that", stacklevel=3)
 
     @contextmanager
     def _quiet(self) -> Iterator[None]:
@@ -317,16 +343,6 @@ def _join(states: list[Any]) -> Any:
     if len(states) < 2:
         return states[0] if states else None
     return type(states[0]).cat(states)
-
-
-def _special_ids(tokenizer: Tokenizer) -> tuple[set[int], list[int]]:
-    """(ids that stop a row, ids that are never sampled): the marks of a chat's turns where the tokenizer has them."""
-    stop: set[int] = {tokenizer.eot_id}
-    blocked: list[int] = []
-    for name, ids in (("<|end|>", stop.add), *((role, blocked.append) for role in ("<|system|>", "<|user|>", "<|assistant|>"))):
-        with suppress(UserError):
-            ids(tokenizer.special_id(name))
-    return stop, blocked
 
 
 def _module(model: Model) -> nn.Module:

@@ -1,5 +1,6 @@
 """Every option of every group composes, resolves, names real classes and only keys that they take."""
 
+import re
 import time
 from pathlib import Path
 
@@ -26,8 +27,14 @@ def cells():
             continue
         for option in group_options(group):
             config = "train" if group in groups_of(TRAIN) else "generate" if group in groups_of(GENERATE) else None
-            if config is not None and not (group == "task" and option == "answer"):
+            if config is not None and not (group == "task" and option in ("answer", "evaluate", "rollouts")):
                 yield pytest.param(config, group, option, id=f"{group}={option}")
+
+
+def whole_experiment(option: str) -> str:
+    """Its text, with that of the experiment it builds on."""
+    text = (CONF / "experiment" / f"{option}.yaml").read_text()
+    return text + "".join(whole_experiment(base) for base in re.findall(r"^  - (\w+)$", text, re.MULTILINE) if base != "_self_")
 
 
 @pytest.mark.parametrize(("config", "group", "option"), cells())
@@ -35,12 +42,33 @@ def test_option_composes_and_passes_every_check(config, group, option):
     overrides = [f"{group}={option}"]
     if group == "data" and option in ("text", "chat"):
         overrides.append("data.path=anything.txt")
+    if (group, option) in (("data", "preference"), ("task", "dpo")):
+        overrides += ["task=dpo", "data=preference"]
+    if group == "eval":
+        overrides.append("task=evaluate")
     if group == "task" and option == "sft":
         overrides += ["data=chat", "data.path=anything.jsonl"]
-    if group == "trainer" and option in ("gpu", "ddp", "fsdp"):
+    text = whole_experiment(option) if group == "experiment" else ""
+    if "task=dpo" in overrides or "/task: dpo" in text:
+        overrides += ["data.path=anything.jsonl", "ckpt=anywhere"]
+    if group == "task" and option == "rope_search":
+        overrides.append("task.target_len=1024")
+    if (group == "trainer" and option in ("gpu", "ddp", "fsdp")) or "/trainer: gpu" in text:
         overrides.append("trainer.accelerator=cpu")  # no CUDA device where the tests run; everything else of the option is checked
-    if option == "muon_vs_adamw":
+    if "stage_one: ???" in text:
         overrides += ["stage_one=anywhere", "optimizer.lr=1e-3"]  # which the first stage chooses
+    for key, value in (
+        ("stages", "ckpt=anywhere"),
+        ("  base", "stages.base=x"),
+        ("  search", "stages.search=x"),
+        ("rule", "rule=yarn"),
+        ("attention", "attention=own"),
+        ("arm", "arm=mixed"),
+    ):
+        if re.search(rf"^{key}:[ \n]", text, re.MULTILINE):  # an experiment of several stages
+            overrides.append(value)
+    if "  factors: ${run_of" in text:
+        overrides.append("rope.factors=anywhere.json")
     compose(config, overrides)
 
 
@@ -96,6 +124,14 @@ def test_every_overlay_has_a_model_a_size_and_perhaps_a_variant():
     sizes, variants = group_options("model/size"), ["", *(f"{v}_" for v in group_options("model/variant"))]
     names = {f"{model}_{variant}{size}" for model in group_options("model") for variant in variants for size in sizes}
     assert set(group_options("model/overlay")) <= names
+
+
+def test_every_overlay_of_an_optimizer_has_an_optimizer_and_a_size():
+    names = {f"{optimizer}_{size}" for optimizer in group_options("optimizer") for size in group_options("model/size")}
+    assert set(group_options("optimizer/overlay")) <= names
+    assert compose("train", ["optimizer=cosmos", "model/size=small"]).optimizer.rank == 64
+    assert compose("train", ["optimizer=cosmos"]).optimizer.rank == 16
+    assert compose("train", ["optimizer=cosmos", "optimizer.rank=8"]).optimizer.rank == 8
 
 
 @pytest.mark.parametrize("variant", ["swa_only", "mamba_swa_mlp"])

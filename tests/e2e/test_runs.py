@@ -7,6 +7,7 @@ import json
 
 import pytest
 from commands import SMALL, shakespeare_like
+from omegaconf import OmegaConf
 
 import generate
 import train
@@ -81,6 +82,16 @@ def test_a_run_from_a_checkpoint_is_named_after_what_it_is(desk):
 def test_a_size_that_contradicts_the_checkpoint_is_refused(desk, capfd):
     assert desk.train(f"ckpt={desk.newest('base')}", "name=refused", "model/size=small") == 2
     assert "contradicts" in capfd.readouterr().err
+
+
+def test_a_checkpoint_may_go_on_with_another_rope_rule(desk):
+    """Short rows first, then longer ones under a rule that starts from the short length."""
+    words = ["name=longer", "rope=linear", "rope.factor=2", "data.seq_len=64", "data.window_mix={short_len: 32, long_share: 0.5}"]
+    assert desk.train(f"ckpt={desk.newest('base')}", *words, "trainer.max_steps=2") == 0
+    run, base = desk.newest("longer"), desk.newest("base")
+    config, before = (OmegaConf.load(folder / "config.yaml") for folder in (run, base))
+    assert config.rope.factor == 2 and config.data.seq_len == 64 and config.model.max_length == before.model.max_length
+    assert choices(run)["rope"] == "linear" and "linear" in run.name
 
 
 def test_debug_overfit_repeats_its_batches(desk):

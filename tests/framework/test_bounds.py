@@ -12,6 +12,7 @@ from tests.framework.test_claims import CLAIM, write_job
 
 # arm new: a 1, 2, 6; b 4, 4, 4. arm old: a 3, 6, 6.
 VALUES = {("new", "a"): [1.0, 2.0, 6.0], ("new", "b"): [4.0, 4.0, 4.0], ("old", "a"): [3.0, 6.0, 6.0]}
+VALUES[("far", "a")] = [10.0, 10.0, 10.0]
 
 
 def value(arm, seed, metric):
@@ -29,6 +30,9 @@ def value(arm, seed, metric):
         ({"statistic": "min", "minus": "b"}, -3.0),
         ({"statistic": "median", "over": "old"}, 3.0),  # 3/1, 6/2, 6/6
         ({"statistic": "min", "over": "old"}, 1.0),
+        ({"statistic": "max", "arm": ["new", "old"]}, 4.0),  # 3 - 1, 6 - 2, 6 - 6
+        ({"statistic": "min", "arm": ["far", "new"], "over": ["old", "new"]}, 0.0),  # 2/9, 4/8, 0/4
+        ({"statistic": "max", "arm": ["far", "new"], "over": ["old", "new"]}, 0.5),
     ],
 )
 def test_figures_by_hand(line, figure):
@@ -85,11 +89,14 @@ def test_the_command_prints_every_bound(tmp_path, capsys):
         ({**BELOW, "statistic": "medain"}, "did you mean 'median'?"),
         ({**BELOW, "at_least": 1}, "claim.require[0]: needs one of at_least and at_most, a number"),
         ({k: v for k, v in BELOW.items() if k != "at_most"}, "claim.require[0]: needs one of at_least and at_most, a number"),
-        ({**BELOW, "minus": "a", "over": "old"}, "minus and over exclude each other"),
+        ({**BELOW, "minus": "a", "over": "old"}, "minus excludes over, and a list of arms"),
         ({**BELOW, "atmost": 3}, "claim.require[0].atmost: unknown key; did you mean 'at_most'?"),
         ({"arm": "new", "at_most": 1}, "claim.require[0].metric: no value given"),
         (3, "claim.require[0]: 3 is not a mapping"),
         ({**BELOW, "statistic": ["min"]}, "claim.require[0].statistic: ['min'] is not a word"),
+        ({**BELOW, "arm": ["new", "odl"]}, "claim.require[0].arm: 'odl' is not one of new, old; did you mean 'old'?"),
+        ({**BELOW, "arm": ["new", "old"], "minus": "a"}, "minus excludes over, and a list of arms"),
+        ({**BELOW, "arm": ["new"]}, "claim.require[0].arm: ['new'] is not a word"),
         ({**BELOW, "over": None}, "claim.require[0].over: None is not a word"),
     ],
 )

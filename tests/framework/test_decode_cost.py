@@ -2,23 +2,26 @@
 
 from __future__ import annotations
 
+import copy
 import itertools
 import json
+import re
 import signal
 
 import pytest
 import torch
+from omegaconf import OmegaConf
 
 from components.contracts import Batch, UserError
 from framework import procedure
 from framework.build import build_data, compose
 from framework.logging import RunLogger, read_rows
 from framework.preflight import preflight
-from framework.procedure import Procedure, is_procedure
+from framework.procedure import ASKS, Procedure, is_procedure, refuse_unheard, text_ids
 from framework.runs import read_state
 from framework.runtime import Interrupted
 from framework.tasks import decode_cost
-from framework.tasks.decode_cost import DecodeCost, text_ids
+from framework.tasks.decode_cost import DecodeCost
 from tests.framework.training import config as training_config
 from tests.framework.training import train
 
@@ -56,7 +59,7 @@ def text(done):
     """The tokens that the finished run read."""
     data = build_data(config(done[0]))
     data.prepare(done[0] / "cache")
-    return data, text_ids(data, 151, seed=3)
+    return data, text_ids(data, 151, 3, "task.positions")
 
 
 def test_state_and_slowdown_by_position(done, tmp_path):
@@ -118,9 +121,9 @@ def test_text_goes_on_in_the_training_text_and_ends(text):
     epoch = data.train_stream(1)
     training = sum(int((batch.labels >= 0).sum()) for batch in itertools.islice(epoch, len(epoch)))
     assert 250 < held_out < 400
-    assert len(text_ids(data, held_out + 100, seed=1)) == held_out + 100
+    assert len(text_ids(data, held_out + 100, 1, "task.positions")) == held_out + 100
     with pytest.raises(UserError, match=rf"task.positions: the data has {held_out + training:,} tokens and 1,000,000 are needed"):
-        text_ids(data, 1_000_000, seed=1)
+        text_ids(data, 1_000_000, 1, "task.positions")
 
 
 @pytest.mark.parametrize(
@@ -130,12 +133,30 @@ def test_text_goes_on_in_the_training_text_and_ends(text):
         (["task.positions=[0,8]"], "task.positions: 0; at least 1"),
         (["task.tokens=0"], "task.tokens: 0; at least 1"),
         (["trainer.devices=2"], "trainer.devices: 2; this task runs in one process"),
+        (["stop.train_loss_below=0.5"], "stop.train_loss_below: 0.5; this task trains and evaluates nothing, .*; leave it null"),
+        (["data.eval_lengths=[16,64]"], "data.eval_lengths: .16, 64.; this task trains and evaluates nothing, .*; leave it ..$"),
         (["task.positions=[8,90000]"], "task.positions: the data has .* tokens and 90,001 are needed"),
     ],
 )
 def test_mistakes(tmp_path, words, message):
     with pytest.raises(UserError, match=f"^{message}"):
         train(config(tmp_path, *words), tmp_path / "run")
+
+
+def test_what_a_run_without_training_cannot_honour_is_refused():
+    """Every key of the list exists, is off in a default run, and is refused when it asks for something."""
+    default = compose("train", ["task=decode_cost", "logger=none", "paths.output_dir=x"])
+    refuse_unheard(default)
+    for key, value, off in (
+        ("stop.train_loss_below", 0.0, "null"), ("data.eval_lengths", [16], "[]"), ("ema.enabled", True, "false"),
+        ("compile.enabled", True, "false"),
+    ):  # fmt: skip
+        assert ASKS[key] == off
+        config = copy.deepcopy(default)
+        OmegaConf.update(config, key, value)
+        with pytest.raises(UserError, match=f"^{key}: .*; leave it {re.escape(off)}$"):
+            refuse_unheard(config)
+    assert len(ASKS) == 4
 
 
 def test_a_signal_stops_it_and_a_failure_is_written_down(tmp_path, monkeypatch):
@@ -183,3 +204,15 @@ def test_the_two_protocols_are_told_apart():
 def test_preflight_says_that_there_is_nothing_to_rehearse(tmp_path):
     with pytest.raises(UserError, match=r"^preflight: this task trains nothing"):
         preflight(config(tmp_path), tmp_path / "run", {"model": "samba"})
+
+
+def test_text_holds_what_no_label_holds(tmp_path):
+    """A text in which hardly anything counts in the loss is still read whole."""
+    words = ["data=synthetic", "data.kind=pairs", "data.length=127", "data.seq_len=128", "data.val_documents=2", "data.train_documents=8"]
+    found = {}
+    for share in ("1.0", "0.125"):
+        data = build_data(compose("train", [*words, "data.loss_on=all", f"data.prompt_share={share}"]))
+        data.prepare(tmp_path / "cache")
+        found[share] = text_ids(data, 3 * 128, 1, "task.positions").tolist()
+    said = [data.tokenizer.eot_id, *data.tokenizer.encode("".join(data.examples()[0]))]
+    assert said == found["1.0"][:128] == found["0.125"][:128] and found["1.0"][:256] == found["0.125"][:256]

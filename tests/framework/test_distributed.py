@@ -81,7 +81,8 @@ def test_whole_parameters_are_refused_where_there_are_pieces():
     config, model = model_of("optimizer=adamw")
     distributed.check_sharded(config, build_optimizer(config, model))
     for words, line in [
-        (["optimizer=muon"], "optimizer: Muon needs whole matrices, and trainer=fsdp leaves each process pieces; use optimizer=adamw"),
+        (["optimizer=muon"], "optimizer: Muon needs whole matrices, and trainer=fsdp .* use trainer=ddp, .* or optimizer=adamw"),
+        (["optimizer=cosmos"], "optimizer: Cosmos needs whole matrices, and trainer=fsdp .* use trainer=ddp"),
         (["optimizer=adamw", "ema.enabled=true"], "ema.enabled: true needs whole parameters"),
         (["optimizer=adamw", "compile.enabled=true"], "compile.enabled: true with trainer=fsdp"),
     ]:

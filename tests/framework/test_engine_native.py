@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import inspect
+import re
 import warnings
 from dataclasses import replace
 
@@ -36,9 +37,11 @@ class MeanState:
     def reset(self, rows: Tensor) -> None:
         self.total[rows], self.length[rows] = 0, 0
 
-    def stale_rows(self) -> Tensor:
-        wanted = self.length >= (self.switch_at or 1 << 30)
-        return wanted != self.regime.bool()
+    def plan(self, lengths: Tensor) -> None:
+        self.regime = (lengths >= (self.switch_at or 1 << 30)).to(torch.int8)
+
+    def stale_rows(self, tokens: int = 0) -> Tensor:
+        return (self.length + tokens >= (self.switch_at or 1 << 30)) & (self.regime == 0)
 
     @staticmethod
     def cat(states: list[MeanState]) -> MeanState:
@@ -67,7 +70,7 @@ class MeanModel(nn.Module):
             x = x * self._scale(batch.input_ids.shape[1])
             return self._out(x, same @ x / same.sum(-1, keepdim=True))
         if state.length.max() == 0 and self.switch_at is not None:  # a new state takes the regime of what it is first given
-            state.regime[:] = int(batch.input_ids.shape[1] >= self.switch_at)
+            state.regime[:] = state.regime.clamp_min(int(batch.input_ids.shape[1] >= self.switch_at))
         x = x * torch.where(state.regime.bool(), 2.0, 1.0)[:, None, None]
         total = state.total[:, None] + x.cumsum(1)
         count = state.length[:, None] + torch.arange(1, x.shape[1] + 1)  # (B, T)
@@ -366,6 +369,44 @@ def test_a_model_with_a_limit_warns_once(model):
         native.generate([PROMPTS[2]], replace(GREEDY, max_new_tokens=100))
         limited.window = 8  # a windowed model has no limit
         engine(limited).generate([PROMPTS[2]], replace(GREEDY, max_new_tokens=100))
+
+
+@pytest.mark.parametrize(
+    ("window", "rope_spec", "warns"),
+    [
+        (16, "some", None),  # no distance is new
+        (20, "some", None),  # as long as a training row
+        (21, "some", "trained at 20; quality"),  # distance 20 is new
+        (None, "some", "trained at 20; quality"),
+        (16, None, r"trained at 20, and without positions \(model.position=none\); quality"),
+        (None, None, "trained at 20, and without positions"),
+        (0, "some", None),
+        (0, None, None),  # nothing attends, so that positions do not matter
+    ],
+)
+def test_which_models_warn_beyond_their_training_length(model, window, rope_spec, warns):
+    limited = favour(model, 5)
+    limited.max_length, limited.window, limited.rope_spec = 20, window, rope_spec
+    native = engine(limited)
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        native.generate([PROMPTS[2]], replace(GREEDY, max_new_tokens=20 - len(PROMPTS[2])))
+        assert not caught  # as long as it was trained
+        for length in (21, 22):
+            native.generate([PROMPTS[2]], replace(GREEDY, max_new_tokens=length - len(PROMPTS[2])))
+    lines = [str(warning.message) for warning in caught]
+    assert len(lines) == (warns is not None)
+    assert not lines or re.match(f"up to 21 tokens, but the model was {warns}", lines[0])
+
+
+@pytest.mark.parametrize("variant", ["base", "nope"])
+def test_a_real_model_without_positions_warns_and_one_with_a_window_does_not(variant):
+    config = compose("train", ["model=samba", "model/size=test", f"model/variant={variant}", "data.seq_len=32"])
+    native = engine(build_model(config, TOKENIZER.vocab_size).eval())
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        native.generate([PROMPTS[2]], replace(GREEDY, max_new_tokens=33 - len(PROMPTS[2])))
+    assert [("without positions" in str(warning.message)) for warning in caught] == ([True] if variant == "nope" else [])
 
 
 def test_bad_arguments_are_refused(model):

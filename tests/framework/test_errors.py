@@ -1,5 +1,6 @@
 """What the configuration checker says, without any training."""
 
+from collections.abc import Sequence
 from typing import Literal
 
 import pytest
@@ -10,7 +11,14 @@ from framework.signatures import check_node, fits, locate
 
 
 class Part:
-    def __init__(self, size: int, rate: float = 0.1, kind: Literal["slow", "fast"] = "slow", names: list[str] | None = None) -> None:
+    def __init__(
+        self,
+        size: int,
+        rate: float = 0.1,
+        kind: Literal["slow", "fast"] = "slow",
+        names: list[str] | None = None,
+        lengths: Sequence[int] = (),
+    ) -> None:
         if size > 99:
             raise ValueError("size is too large")
 
@@ -28,6 +36,7 @@ ALLOWED = (f"{__name__.split('.')[0]}.",)
         ({"rate": "abc"}, "part.rate: 'abc' is not a number"),
         ({"kind": "fist"}, "part.kind: 'fist' is not one of slow, fast; did you mean 'fast'?"),
         ({"names": "a"}, "part.names: 'a' is not a list of text or null"),
+        ({"lengths": 5}, "part.lengths: 5 is not a list of whole numbers, such as [128, 256]"),
         ({"size": None}, "part.size: None is not a whole number"),
     ],
 )

@@ -9,6 +9,7 @@ import pytest
 import torch
 
 from components.contracts import IGNORE, Batch, UserError
+from components.data.documents import Piece
 from components.data.synthetic import KINDS, ProbeBatches, draw
 from components.data.tokenizers import bytes_tokenizer
 from framework import build
@@ -61,8 +62,8 @@ def test_longer_than_the_held_out_text_is_one_line_before_anything_is_trained(tm
 
 def test_probe_batches_ask_for_the_answer_alone():
     tokenizer = bytes_tokenizer()
-    probes = [("ab?", "C"), ("abcde?", "DE")]
-    (batch,) = ProbeBatches(probes, tokenizer, rows=4)
+    texts = [(Piece("ab?", loss=False), Piece("C")), (Piece("abcde?", loss=False), Piece("DE"))]
+    (batch,) = ProbeBatches(texts, tokenizer, rows=4)
     e = tokenizer.eot_id
     a, b, c, d, ee, q, C, D, E = tokenizer.encode("abcde?CDE")
     assert batch.input_ids.tolist() == [[e, a, b, q, e, e, e, e], [e, a, b, c, d, ee, q, D]]

@@ -239,6 +239,9 @@ def test_rope_of_the_run_can_be_changed(call, home, text_words, tmp_path):
 
     assert logprob("as trained") == logprob("the same", "rope=none") != logprob("another", "rope=linear", "rope.factor=8.0")
 
+    code, _, err = call(f"ckpt={folder}", f"prompts={prompts}", "rope.switch=upfront")
+    assert code == 2 and "rope.switch: 'upfront', but the run's RoPE rule has no second regime" in err
+
 
 def test_a_merged_adapter_answers_the_same(call, home, text_words, run):
     folder = make_run(home / "elsewhere" / "adapted", *text_words, "adapter=lora")

@@ -70,7 +70,7 @@ def test_single_runs_cost_nothing(monkeypatch):
 @pytest.mark.parametrize(
     ("typed", "line"),
     [
-        (["optimizer=adamw,mun"], "optimizer: 'mun' is not an option; one of adamw, muon; did you mean 'muon'?"),
+        (["optimizer=adamw,mun"], "optimizer: 'mun' is not an option; one of adamw, cosmos, muon, soap; did you mean 'muon'?"),
         (["sed=1,2"], "sed: unknown key; did you mean 'seed'?"),
         (["optimizer.lr=1e-3,abc", "seed=1,2"], "optimizer.lr: 'abc' is not a number"),
         (["on_error=no", "seed=1,2"], "on_error: 'no' is not one of skip, raise"),

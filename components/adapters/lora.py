@@ -44,7 +44,7 @@ class LoRALayer(AdapterLayer):
         delta = self.lora_B(self.scale * self.lora_A(x))  # (..., r), then (..., out)
         return (y + delta).to(y.dtype)
 
-    def delta_weight(self) -> Tensor:
+    def delta_weight(self, task: int | None = None) -> Tensor:
         with torch.autocast(self.lora_A.weight.device.type, enabled=False):
             return self.scale * (self.lora_B.weight @ self.lora_A.weight)  # (out, in)
 
@@ -77,7 +77,7 @@ class LoRA:
 
     def apply(self, model: nn.Module) -> dict[str, Any]:
         """Wrap the targets in place and freeze the rest; the model's outputs do not change. See `components.adapters.base.inject`."""
-        return inject(model, self.targets, self.exclude, lambda base, ids: LoRALayer(base, ids, self.r, self.scale, self.dropout))
+        return inject(model, self.targets, self.exclude, lambda _, base, ids: LoRALayer(base, ids, self.r, self.scale, self.dropout))
 
     def save(self, model: nn.Module, folder: Path | str) -> None:
         """Write adapter_model.safetensors and adapter_config.json as PEFT lays them out; PEFT and vLLM read the folder."""

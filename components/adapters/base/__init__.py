@@ -1,8 +1,8 @@
 """The common ground of all adapters; options import it, never one another."""
 
+from components.adapters.base.task_ids import OFF, TaskIds
 from components.adapters.base.wrapping import (
     AdapterLayer,
-    TaskIds,
     adapter_layers,
     adapter_state,
     base_roles,
@@ -19,6 +19,7 @@ from components.adapters.base.wrapping import (
 )
 
 __all__ = [
+    "OFF",
     "AdapterLayer",
     "TaskIds",
     "adapter_layers",

@@ -15,20 +15,8 @@ import torch
 from torch import Tensor, nn
 
 from components.adapters.base.targets import select_modules
-from components.contracts import Role, UserError
-
-
-class TaskIds:
-    """Which task each row belongs to: one object shared by all wrappers of a model.
-
-    Set before each forward and never cleared before the backward is done, since activation checkpointing reads it again there. A plain
-    attribute, because a ContextVar breaks torch.compile(fullgraph=True).
-    """
-
-    ids: Tensor | None  # (B,) or (B, T) int64
-
-    def __init__(self) -> None:
-        self.ids = None
+from components.adapters.base.task_ids import TaskIds, read_batch
+from components.contracts import ModelOutput, Role, UserError
 
 
 class AdapterLayer(nn.Module):
@@ -62,9 +50,21 @@ class AdapterLayer(nn.Module):
             raise UserError("adapter.merge: true; merged weights cannot be trained further, train the adapter unmerged")
         return self.enabled and not self.merged
 
-    def delta_weight(self) -> Tensor:
-        """What merging adds to the weight: (out_features, in_features), float32 or wider."""
+    def delta_weight(self, task: int | None = None) -> Tensor:
+        """What merging adds to the weight, for a task where there are several: (out_features, in_features), float32 or wider.
+
+        Raises UserError where no one matrix does what the adapter does.
+        """
         raise NotImplementedError
+
+    def merged_weight(self, task: int | None = None) -> Tensor:
+        """The weight with the adapter in it, float32 or wider; where that is not a sum (DoRA) a subclass says how."""
+        delta = self.delta_weight(task)
+        return self.base_layer.weight.to(delta.dtype) + delta
+
+    def take_aux_losses(self) -> dict[str, Tensor]:
+        """Auxiliary losses, () each and weighted, of the forward just done; {} for most. They are averaged over the layers."""
+        return {}
 
     def adapter_parameters(self) -> list[tuple[str, nn.Parameter]]:
         """The adapter's own parameters by name inside the layer."""
@@ -72,11 +72,13 @@ class AdapterLayer(nn.Module):
 
 
 def inject(
-    model: nn.Module, targets: str | Sequence[str], exclude: str | None, wrap: Callable[[nn.Linear, TaskIds], AdapterLayer]
-) -> dict[str, Any]:
+    model: nn.Module, targets: str | Sequence[str], exclude: str | None, wrap: Callable[[str, nn.Linear, TaskIds], AdapterLayer],
+    tasks: Sequence[str] = (),
+) -> dict[str, Any]:  # fmt: skip
     """Wrap each chosen module in place and freeze every other parameter of the model.
 
-    targets, exclude: see `components.adapters.base.targets.select_modules`. wrap: builds the layer from a module and the shared TaskIds.
+    targets, exclude: see `components.adapters.base.targets.select_modules`. wrap: builds the layer from the module's name, the module and
+    the shared TaskIds. tasks: their names; the ids of a batch (`Batch.task_ids`) are read before each forward.
     Returns {'trainable', 'total', 'percent', 'modules': {name: adapter parameters}}.
     Raises UserError as `select_modules` does, and when a chosen module has an adapter already or shares its weight with another module;
     the model is then unchanged.
@@ -85,18 +87,33 @@ def inject(
     names = select_modules(model, targets, exclude, roles, opaque=AdapterLayer)
     _refuse_double(model, names)
     _refuse_tied(model, names)
-    holder = task_ids(model) or TaskIds()
+    holder = _shared_ids(model, tasks)
     for parameter in model.parameters():
         parameter.requires_grad_(False)
     for name in names:
         parent, _, leaf = name.rpartition(".")
         base = model.get_submodule(name)
-        layer = wrap(base, holder)  # type: ignore[arg-type]
+        layer = wrap(name, base, holder)  # type: ignore[arg-type]
         layer.train(base.training)
         setattr(model.get_submodule(parent), leaf, layer)
+    if task_ids(model) is None:
+        model.register_forward_pre_hook(read_batch, with_kwargs=True)
+        model.register_forward_hook(add_aux_losses)
     model.adapter_task_ids = holder  # type: ignore[assignment]
     model.adapter_base_roles = roles  # type: ignore[assignment]
     return count_parameters(model)
+
+
+def add_aux_losses(model: nn.Module, args: tuple[object, ...], output: object) -> None:
+    """Forward hook of an adapted model: what the wrappers want minimised besides, each the mean over the layers that have it."""
+    if not isinstance(output, ModelOutput) or not model.training:
+        return
+    found: dict[str, list[Tensor]] = {}
+    for _, layer in adapter_layers(model):
+        for name, value in layer.take_aux_losses().items():
+            found.setdefault(name, []).append(value)
+    for name, values in found.items():
+        output.aux_losses[name] = torch.stack(values).mean()
 
 
 def count_parameters(model: nn.Module) -> dict[str, Any]:
@@ -170,25 +187,47 @@ def load_adapter_state(model: nn.Module, state: dict[str, Tensor], source: str) 
 
 
 @torch.no_grad()
-def merge(model: nn.Module) -> dict[str, float]:
-    """Add every adapter to its base weight: W <- W + delta, in float32, cast once. Merged layers are left as they are.
+def merge(model: nn.Module, task: int | str | None = None) -> dict[str, float]:
+    """Put every adapter into its base weight, computed in float32 and cast once. Merged layers are left as they are.
 
-    Keeps a copy of each weight, so that `unmerge` restores every bit. Returns {'modules': count merged, 'max_rounding': the largest
-    |delta| lost to the weight's dtype}. Raises UserError, before changing anything, for a delta that is not finite.
+    task: name or id, needed where there are several. Keeps a copy of each weight, so that `unmerge` restores every bit. Returns {'modules':
+    count merged, 'max_rounding': the largest amount lost to the weight's dtype}. Raises UserError, before changing anything, for a weight
+    that is not finite, a missing or unknown task, another task than the one that is merged, and an adapter that cannot be merged.
     """
+    chosen = _task_to_merge(model, task)
     pending = [(name, layer) for name, layer in adapter_layers(model) if not layer.merged]
     for name, layer in pending:
-        if not torch.isfinite(layer.delta_weight()).all():
+        if not torch.isfinite(layer.merged_weight(chosen)).all():
             raise UserError(f"adapter.merge: the adapter of {name} holds NaN or infinity; nothing was merged")
     lost = 0.0
     for _, layer in pending:
         weight = layer.base_layer.weight
-        delta = layer.delta_weight()
-        exact = weight.to(delta.dtype) + delta
+        exact = layer.merged_weight(chosen)
         layer.original = weight.detach().clone()
         weight.copy_(exact)
         lost = max(lost, (exact - weight).abs().max().item())
+    if pending:
+        pending[0][1].task_ids.merged = chosen
     return {"modules": len(pending), "max_rounding": lost}
+
+
+def _task_to_merge(model: nn.Module, task: int | str | None) -> int | None:
+    """Id of the task to merge; None where the adapter has no tasks."""
+    holder = task_ids(model)
+    if holder is None or not len(holder):
+        if task is not None:
+            raise UserError(f"adapter.task: {task!r}, but the adapter has no tasks; drop it")
+        return None
+    if task is None and len(holder) > 1:
+        raise UserError(
+            f"adapter.merge: true, and the adapter has {len(holder)} tasks ({', '.join(holder.names)}); say which by adapter.task"
+        )
+    chosen = holder.index(0 if task is None else task)
+    if chosen < 0:
+        raise UserError(f"adapter.task: {chosen} means no adapter; there is nothing to merge")
+    if holder.merged is not None and holder.merged != chosen:
+        raise UserError(f"adapter.task: {holder.names[chosen]!r}, but {holder.names[holder.merged]} is merged already; unmerge it first")
+    return chosen
 
 
 @torch.no_grad()
@@ -198,6 +237,7 @@ def unmerge(model: nn.Module) -> None:
         if layer.original is not None:
             layer.base_layer.weight.copy_(layer.original)
             layer.original = None
+            layer.task_ids.merged = None
 
 
 def unwrap(model: nn.Module) -> None:
@@ -205,6 +245,8 @@ def unwrap(model: nn.Module) -> None:
     for name, layer in list(adapter_layers(model)):
         parent, _, child = name.rpartition(".")
         setattr(model.get_submodule(parent), child, layer.base_layer)
+    if task_ids(model) is not None:
+        model.adapter_task_ids = TaskIds()  # type: ignore[assignment]
     model.requires_grad_(True)
 
 
@@ -227,6 +269,18 @@ def disabled(model: nn.Module) -> Iterator[None]:
     finally:
         for layer, enabled in before:
             layer.enabled = enabled
+
+
+def _shared_ids(model: nn.Module, tasks: Sequence[str]) -> TaskIds:
+    """The model's holder, or a new one. Raises UserError for names twice, and for others than an adapter beside this one has."""
+    if len(set(tasks)) < len(tasks):
+        raise UserError(f"adapter.tasks: {', '.join(tasks)}; a name stands there twice")
+    holder = task_ids(model) or TaskIds(tasks)
+    if tasks and holder.names != tuple(tasks):
+        if holder.names:
+            raise UserError(f"adapter.tasks: {', '.join(tasks)}, but the adapter beside it has {', '.join(holder.names)}")
+        holder.names = tuple(tasks)
+    return holder
 
 
 def _refuse_double(model: nn.Module, names: Sequence[str]) -> None:

@@ -1,5 +1,6 @@
 """The common ground of all adapters; options import it, never one another."""
 
+from components.adapters.base.sharing import sharing
 from components.adapters.base.task_ids import OFF, TaskIds
 from components.adapters.base.wrapping import (
     AdapterLayer,
@@ -12,6 +13,7 @@ from components.adapters.base.wrapping import (
     load_adapter_state,
     merge,
     parameter_roles,
+    selected,
     set_enabled,
     task_ids,
     unmerge,
@@ -31,7 +33,9 @@ __all__ = [
     "load_adapter_state",
     "merge",
     "parameter_roles",
+    "selected",
     "set_enabled",
+    "sharing",
     "task_ids",
     "unmerge",
     "unwrap",

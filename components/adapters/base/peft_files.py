@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -34,11 +34,36 @@ PLAIN: dict[str, Any] = {
 }
 
 
-def write_peft(
-    folder: Path, model: nn.Module, modules: Sequence[str], state: dict[str, Tensor], r: int, alpha: float, dropout: float, use_rslora: bool
-) -> None:
-    """Write one LoRA. modules: names of the wrapped modules. state: tensors by parameter name, without PEFT's prefix."""
+def write_folder(folder: Path, config: Mapping[str, Any], state: Mapping[str, Tensor]) -> None:
+    """Write adapter_config.json and adapter_model.safetensors."""
     folder.mkdir(parents=True, exist_ok=True)
+    save_file({name: tensor.contiguous().cpu() for name, tensor in state.items()}, folder / WEIGHTS, {"format": "pt"})
+    (folder / CONFIG).write_text(json.dumps(config, indent=2, sort_keys=True) + "\n", encoding="utf-8")
+
+
+def read_folder(folder: Path) -> tuple[dict[str, Any], dict[str, Tensor]]:
+    """What `write_folder` wrote. Raises UserError for a missing or damaged file."""
+    for file in (CONFIG, WEIGHTS):
+        if not (folder / file).is_file():
+            raise UserError(f"{folder / file}: no such file; an adapter folder holds {CONFIG} and {WEIGHTS}")
+    try:
+        config = json.loads((folder / CONFIG).read_text(encoding="utf-8"))
+        state = load_file(folder / WEIGHTS)
+    except (ValueError, SafetensorError) as error:
+        raise UserError(f"{folder}: damaged adapter ({error}); copy or export it again") from None
+    if not isinstance(config, dict):
+        raise UserError(f"{folder / CONFIG}: holds a {type(config).__name__}; a mapping is needed")
+    return config, state
+
+
+def write_peft(
+    folder: Path, model: nn.Module, modules: Sequence[str], state: Mapping[str, Tensor], r: int, alpha: float, dropout: float,
+    use_rslora: bool, more: Mapping[str, Any] | None = None,
+) -> None:  # fmt: skip
+    """Write one LoRA. modules: names of the wrapped modules. state: tensors by parameter name, without PEFT's prefix.
+
+    more: values of the configuration that are not those of PLAIN.
+    """
     config = {
         "peft_type": "LORA",
         # PEFT's causal wrapper asks its base model for this method; any other nn.Module needs the plain wrapper.
@@ -53,30 +78,27 @@ def write_peft(
         "use_rslora": use_rslora,
         "init_lora_weights": True,
         **PLAIN,
+        **(more or {}),
     }
-    save_file({f"{KEY_PREFIX}{name}": tensor.contiguous().cpu() for name, tensor in state.items()}, folder / WEIGHTS, {"format": "pt"})
-    (folder / CONFIG).write_text(json.dumps(config, indent=2, sort_keys=True) + "\n", encoding="utf-8")
+    write_folder(folder, config, {f"{KEY_PREFIX}{name}": tensor for name, tensor in state.items()})
 
 
-def read_peft(folder: Path) -> tuple[dict[str, Any], dict[str, Tensor]]:
+def read_peft(
+    folder: Path, expected: Mapping[str, Any] | None = None, free: Sequence[str] = ()
+) -> tuple[dict[str, Any], dict[str, Tensor]]:  # fmt: skip
     """Return the configuration and the tensors by parameter name.
 
-    Raises UserError for a missing or damaged file, another method than LoRA, or an option beyond plain LoRA.
+    expected: values of the configuration that are not those of PLAIN. free: keys of PLAIN that may have any value.
+    Raises UserError for a missing or damaged file, another method than LoRA, or another option than these.
     """
-    for file in (CONFIG, WEIGHTS):
-        if not (folder / file).is_file():
-            raise UserError(f"{folder / file}: no such file; an adapter folder holds {CONFIG} and {WEIGHTS}")
-    try:
-        config = json.loads((folder / CONFIG).read_text(encoding="utf-8"))
-        state = load_file(folder / WEIGHTS)
-    except (ValueError, SafetensorError) as error:
-        raise UserError(f"{folder}: damaged adapter ({error}); copy or export it again") from None
-    if not isinstance(config, dict) or config.get("peft_type") != "LORA":
-        kind = config.get("peft_type") if isinstance(config, dict) else type(config).__name__
-        raise UserError(f"{folder / CONFIG}: peft_type is {kind}; only LORA can be read")
-    for key, plain in PLAIN.items():
-        if config.get(key, plain) not in (plain, None, {}, []):
-            raise UserError(f"{folder / CONFIG}: {key} is {config[key]!r}; only plain LoRA ({key}={plain!r}) can be read")
+    config, state = read_folder(folder)
+    if config.get("peft_type") != "LORA":
+        raise UserError(f"{folder / CONFIG}: peft_type is {config.get('peft_type')}; only LORA can be read")
+    for key, plain in {**PLAIN, **(expected or {})}.items():
+        found = config.get(key, PLAIN[key])
+        config[key] = PLAIN[key] if found in (None, {}, []) else found
+        if key not in free and config[key] != plain:
+            raise UserError(f"{folder / CONFIG}: {key} is {found!r}; only {key}={plain!r} can be read by this adapter")
     missing = [key for key in ("r", "lora_alpha", "target_modules") if key not in config]
     if missing:
         raise UserError(f"{folder / CONFIG}: lacks {', '.join(missing)}")

@@ -6,7 +6,7 @@ import difflib
 import re
 from collections.abc import Iterator, Mapping, Sequence
 
-from torch import nn
+from torch import Tensor, nn
 
 from components.contracts import ROLES, Role, UserError
 
@@ -22,8 +22,9 @@ def select_modules(
     targets: `role:qkv,o` (modules whose weight has one of the roles; a role that this model lacks is skipped), `all-linear` (every
         nn.Linear but head, embedding and router), any other string as a regex for the whole name, or a list of name endings at dots, of
         which each must match. exclude: regex for the whole name; wins. roles: by parameter name before wrapping. opaque: wrapper type that
-        counts as a leaf. Raises UserError when nothing is left, listing the nearest names, for a leaf that is no nn.Linear,
-        and for the head, which is not called as a module in training.
+        counts as a leaf. Raises UserError when nothing is left, listing the nearest names, for a leaf that is no linear layer,
+        and for the head, which is not called as a module in training. A quantised layer counts as linear: it has a weight, in_features
+        and out_features.
     """
     leaves = dict(_leaves(model, opaque))
     dropped = _compile("adapter.exclude", exclude) if exclude is not None else None
@@ -34,12 +35,28 @@ def select_modules(
     for name in chosen:
         if roles.get(f"{name}.weight") == "head":
             raise UserError(f"adapter.targets: {_shown(targets)} matches the head {name}, whose weight the loss reads; set adapter.exclude")
-        if not isinstance(leaves[name], nn.Linear | opaque):
+        if not _is_linear(leaves[name]) and not isinstance(leaves[name], opaque):
             raise UserError(
                 f"adapter.targets: {_shown(targets)} matches {name}, a {type(leaves[name]).__name__}; only nn.Linear can be wrapped, "
                 "narrow the pattern or set adapter.exclude"
             )
     return chosen
+
+
+def modules_ending_in(model: nn.Module, endings: Sequence[str], key: str) -> list[str]:
+    """Names of the modules that end, at a dot, in one of `endings`. Raises UserError, naming `key`, for one that no module has."""
+    names = [name for name, _ in model.named_modules() if name]
+    for ending in endings:
+        if not any(f".{name}".endswith(f".{ending}") for name in names):
+            near = difflib.get_close_matches(ending, names, 3, cutoff=0.0)
+            raise UserError(f"{key}: no module's name ends in {ending!r}; nearest: {', '.join(near)}")
+    return [name for name in names if any(f".{name}".endswith(f".{ending}") for ending in endings)]
+
+
+def _is_linear(module: nn.Module) -> bool:
+    if isinstance(module, nn.Linear):
+        return True
+    return all(hasattr(module, key) for key in ("in_features", "out_features")) and isinstance(getattr(module, "weight", None), Tensor)
 
 
 def _leaves(module: nn.Module, opaque: type[nn.Module], name: str = "") -> Iterator[tuple[str, nn.Module]]:
@@ -58,7 +75,7 @@ def _matches(
         return _by_suffix(leaves, list(targets))
     if targets == "all-linear":
         output = model.get_output_embeddings() if hasattr(model, "get_output_embeddings") else None  # type: ignore[operator]
-        linear = [name for name, module in leaves.items() if isinstance(module, nn.Linear | opaque) and module is not output]
+        linear = [name for name, module in leaves.items() if (_is_linear(module) or isinstance(module, opaque)) and module is not output]
         return [name for name in linear if roles.get(f"{name}.weight") not in NEVER_ALL]
     if targets.startswith("role:"):
         wanted = [role.strip() for role in targets.removeprefix("role:").split(",")]
@@ -85,7 +102,7 @@ def _by_suffix(leaves: Mapping[str, nn.Module], suffixes: Sequence[str]) -> list
 
 def _nearest(targets: str | Sequence[str], leaves: Mapping[str, nn.Module]) -> str:
     """The names most like what was asked for; those that could be wrapped come from nn.Linear layers alone."""
-    names = [name for name, module in leaves.items() if isinstance(module, nn.Linear)]
+    names = [name for name, module in leaves.items() if _is_linear(module)]
     wanted = targets if isinstance(targets, str) else " ".join(targets)
     near = difflib.get_close_matches(wanted, names, MOST_NAMES, cutoff=0.0)
     return f"nearest linear modules: {', '.join(near)}" if near else "the model has no linear module"

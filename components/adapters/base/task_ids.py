@@ -21,6 +21,7 @@ class TaskIds:
     names: of the tasks; their order fixes the ids. A model without tasks has none, and its wrappers do not ask.
     ids: () for all rows, (B,) by row or (B, T) by token, int64; OFF where the adapter is to add nothing. None: not said.
     some_off: whether OFF may be among them.
+    said: both, as `set` left them; a batch without ids goes by them, whatever batch was before it.
     merged: id of the task that is merged into the weights.
     """
 
@@ -28,6 +29,7 @@ class TaskIds:
         self.names = tuple(names)
         self.ids: Tensor | None = None
         self.some_off = False
+        self.said: tuple[Tensor | None, bool] = (None, False)
         self.merged: int | None = None
 
     def __len__(self) -> int:
@@ -49,10 +51,19 @@ class TaskIds:
         Raises UserError for an id that no task has, and for another task than the merged one.
         """
         if task is None:
-            self.ids = None
-            return
-        if not isinstance(task, Tensor):
-            task = torch.tensor(self.index(task))
+            self.ids, self.some_off = None, False
+        else:
+            self._take(task if isinstance(task, Tensor) else torch.tensor(self.index(task)))
+        self.said = (self.ids, self.some_off)
+
+    def of_batch(self, task_ids: Tensor | None) -> None:
+        """The ids of one batch; None: as `set` said. Raises UserError as `set` does."""
+        if task_ids is None:
+            self.ids, self.some_off = self.said
+        else:
+            self._take(task_ids)
+
+    def _take(self, task: Tensor) -> None:
         if not torch.compiler.is_compiling():  # one glance at the values a forward; traced code takes them as they are
             self._check(task)
         else:
@@ -86,7 +97,12 @@ class TaskIds:
                     "or use data with tasks"
                 )
             return torch.zeros(x.shape[0], dtype=torch.int64, device=x.device)
-        ids = self.ids.to(x.device)
+        if self.ids.device != x.device:
+            here = self.ids.to(x.device)  # once, and not again in each wrapper
+            if self.said[0] is self.ids:
+                self.said = (here, self.some_off)
+            self.ids = here
+        ids = self.ids
         if ids.dim() == 0:
             return ids.expand(x.shape[0])
         if x.dim() == 2 and ids.dim() == 2 and x.shape[0] == ids.numel():  # tokens of all rows in one dimension
@@ -101,9 +117,8 @@ class TaskIds:
 
 
 def read_batch(model: nn.Module, args: tuple[object, ...], kwargs: dict[str, object]) -> None:
-    """Forward pre-hook of an adapted model: a batch brings its task ids. One without leaves what was set before."""
+    """Forward pre-hook of an adapted model: a batch brings its task ids. One without goes by what was set by hand."""
     batch = args[0] if args else kwargs.get("batch")
-    if isinstance(batch, Batch) and batch.task_ids is not None:
-        holder: TaskIds = model.adapter_task_ids  # type: ignore[assignment]
-        if len(holder):
-            holder.set(batch.task_ids)
+    holder: TaskIds = model.adapter_task_ids  # type: ignore[assignment]
+    if isinstance(batch, Batch) and len(holder):
+        holder.of_batch(batch.task_ids)

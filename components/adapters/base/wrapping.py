@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from components.adapters.base.targets import select_modules
+from components.adapters.base.targets import modules_ending_in, select_modules
 from components.adapters.base.task_ids import TaskIds, read_batch
 from components.contracts import ModelOutput, Role, UserError
 
@@ -73,35 +73,48 @@ class AdapterLayer(nn.Module):
 
 def inject(
     model: nn.Module, targets: str | Sequence[str], exclude: str | None, wrap: Callable[[str, nn.Linear, TaskIds], AdapterLayer],
-    tasks: Sequence[str] = (),
+    tasks: Sequence[str] = (), modules_to_save: Sequence[str] = (), train_bias: str = "none",
 ) -> dict[str, Any]:  # fmt: skip
-    """Wrap each chosen module in place and freeze every other parameter of the model.
+    """Wrap each chosen module in place and freeze the model's own parameters; an adapter on other modules goes on learning beside it.
 
     targets, exclude: see `components.adapters.base.targets.select_modules`. wrap: builds the layer from the module's name, the module and
-    the shared TaskIds. tasks: their names; the ids of a batch (`Batch.task_ids`) are read before each forward.
+    the shared TaskIds. tasks: their names; the ids of a batch (`Batch.task_ids`) are read before each forward. modules_to_save: endings of
+    the names of modules that are trained in full, in their own dtype, and stored with the adapter. train_bias: `none`, `adapted` (biases
+    of the wrapped modules) or `all`.
     Returns {'trainable', 'total', 'percent', 'modules': {name: adapter parameters}}.
-    Raises UserError as `select_modules` does, and when a chosen module has an adapter already or shares its weight with another module;
-    the model is then unchanged.
+    Raises UserError as `select_modules` does, when a chosen module has an adapter already or shares its weight with another module, and
+    when one to be trained in full has an adapter; the model is then unchanged.
     """
     roles = base_roles(model)
-    names = select_modules(model, targets, exclude, roles, opaque=AdapterLayer)
+    names = selected(model, targets, exclude)
     _refuse_double(model, names)
-    _refuse_tied(model, names)
+    _refuse_tied(model, names, "adapter.targets", "adapter.exclude")
+    in_full = _trained_in_full(model, names, modules_to_save, train_bias)
+    stored = {id(p) for p in (*in_full, *(model.get_parameter(name) for name in _names_in_full(model)))}
     holder = _shared_ids(model, tasks)
+    layers = {name: wrap(name, model.get_submodule(name), holder) for name in names}  # type: ignore[arg-type]
+    beside = set(map(id, _own_parameters(model).values()))
     for parameter in model.parameters():
-        parameter.requires_grad_(False)
-    for name in names:
+        if id(parameter) not in beside:
+            parameter.requires_grad_(False)
+    for name, layer in layers.items():
         parent, _, leaf = name.rpartition(".")
-        base = model.get_submodule(name)
-        layer = wrap(name, base, holder)  # type: ignore[arg-type]
-        layer.train(base.training)
+        layer.train(layer.base_layer.training)
         setattr(model.get_submodule(parent), leaf, layer)
+    for parameter in in_full:
+        parameter.requires_grad_(True)
+    model.adapter_in_full = tuple(name for name, p in model.named_parameters() if id(p) in stored)  # type: ignore[assignment]
     if task_ids(model) is None:
         model.register_forward_pre_hook(read_batch, with_kwargs=True)
         model.register_forward_hook(add_aux_losses)
     model.adapter_task_ids = holder  # type: ignore[assignment]
     model.adapter_base_roles = roles  # type: ignore[assignment]
     return count_parameters(model)
+
+
+def selected(model: nn.Module, targets: str | Sequence[str], exclude: str | None) -> list[str]:
+    """Names of the modules that `inject` would wrap. Raises UserError as `select_modules` does."""
+    return select_modules(model, targets, exclude, base_roles(model), opaque=AdapterLayer)
 
 
 def add_aux_losses(model: nn.Module, args: tuple[object, ...], output: object) -> None:
@@ -160,8 +173,18 @@ def parameter_roles(model: nn.Module) -> dict[str, Role]:
 
 
 def adapter_state(model: nn.Module) -> dict[str, Tensor]:
-    """The adapter's tensors alone, detached, by parameter name."""
-    return {f"{name}.{inner}": p.detach() for name, layer in adapter_layers(model) for inner, p in layer.adapter_parameters()}
+    """The adapter's tensors alone, and what is trained in full beside it, detached, by parameter name."""
+    return {name: p.detach() for name, p in _own_parameters(model).items()}
+
+
+def _own_parameters(model: nn.Module) -> dict[str, nn.Parameter]:
+    own = {f"{name}.{inner}": p for name, layer in adapter_layers(model) for inner, p in layer.adapter_parameters()}
+    return own | {name: model.get_parameter(name) for name in _names_in_full(model)}
+
+
+def _names_in_full(model: nn.Module) -> tuple[str, ...]:
+    """Names, wrapped, of the model's own parameters that are trained beside the adapter."""
+    return getattr(model, "adapter_in_full", ())
 
 
 def load_adapter_state(model: nn.Module, state: dict[str, Tensor], source: str) -> None:
@@ -169,7 +192,7 @@ def load_adapter_state(model: nn.Module, state: dict[str, Tensor], source: str) 
 
     source: what to blame in the UserError for a missing or unknown key or another shape; nothing is copied then.
     """
-    own = {f"{name}.{inner}": p for name, layer in adapter_layers(model) for inner, p in layer.adapter_parameters()}
+    own = _own_parameters(model)
     for name, tensor in state.items():
         if name not in own:
             near = difflib.get_close_matches(name, own, 1, cutoff=0.0)
@@ -192,11 +215,14 @@ def merge(model: nn.Module, task: int | str | None = None) -> dict[str, float]:
 
     task: name or id, needed where there are several. Keeps a copy of each weight, so that `unmerge` restores every bit. Returns {'modules':
     count merged, 'max_rounding': the largest amount lost to the weight's dtype}. Raises UserError, before changing anything, for a weight
-    that is not finite, a missing or unknown task, another task than the one that is merged, and an adapter that cannot be merged.
+    that is quantised or not finite, a missing or unknown task, another than the one that is merged, and an adapter that cannot be merged.
     """
     chosen = _task_to_merge(model, task)
     pending = [(name, layer) for name, layer in adapter_layers(model) if not layer.merged]
     for name, layer in pending:
+        if not layer.base_layer.weight.is_floating_point():
+            kind = layer.base_layer.weight.dtype
+            raise UserError(f"adapter.merge: true, but the weight of {name} is quantised ({kind}); run it unmerged, or dequantise it first")
         if not torch.isfinite(layer.merged_weight(chosen)).all():
             raise UserError(f"adapter.merge: the adapter of {name} holds NaN or infinity; nothing was merged")
     lost = 0.0
@@ -247,12 +273,21 @@ def unwrap(model: nn.Module) -> None:
         setattr(model.get_submodule(parent), child, layer.base_layer)
     if task_ids(model) is not None:
         model.adapter_task_ids = TaskIds()  # type: ignore[assignment]
+        model.adapter_in_full = ()  # type: ignore[assignment]
     model.requires_grad_(True)
 
 
 def set_enabled(model: nn.Module, enabled: bool) -> None:
-    """Switch all adapters of the model on or off; off, the model is its base. Raises UserError for switching a merged one off."""
+    """Switch all adapters of the model on or off; off, the model is its base.
+
+    Raises UserError for switching off a merged one, and one beside which parameters of the base are trained, whose start is not kept.
+    """
     layers = [layer for _, layer in adapter_layers(model)]
+    if not enabled and _names_in_full(model):
+        raise UserError(
+            f"adapter.modules_to_save, adapter.train_bias: {_names_in_full(model)[0]} is trained in full, so that the base model "
+            "is gone and the adapter cannot be switched off; train the adapter alone"
+        )
     if not enabled and any(layer.merged for layer in layers):
         raise UserError("adapter.merge: true; a merged adapter cannot be switched off, unmerge it first")
     for layer in layers:
@@ -289,8 +324,8 @@ def _refuse_double(model: nn.Module, names: Sequence[str]) -> None:
             raise UserError(f"adapter.targets: {name} has an adapter already; apply one adapter to a module")
 
 
-def _refuse_tied(model: nn.Module, names: Sequence[str]) -> None:
-    """A wrapper over a weight that another module reads would act in one place only."""
+def _refuse_tied(model: nn.Module, names: Sequence[str], key: str, remedy: str) -> None:
+    """A wrapper over a weight that another module reads would act in one place only; and a weight is stored under one name."""
     chosen = set(names)
     owners: dict[int, str] = {}
     for name, module in model.named_modules(remove_duplicate=False):
@@ -298,6 +333,24 @@ def _refuse_tied(model: nn.Module, names: Sequence[str]) -> None:
             other = owners.setdefault(id(parameter), name)
             if other != name and (name in chosen or other in chosen):
                 tied = name if name in chosen else other
-                raise UserError(
-                    f"adapter.targets: {tied} shares its weight with {other if tied == name else name}; leave it out by adapter.exclude"
-                )
+                raise UserError(f"{key}: {tied} shares its weight with {other if tied == name else name}; leave it out by {remedy}")
+
+
+def _trained_in_full(
+    model: nn.Module, wrapped: Sequence[str], modules_to_save: Sequence[str], train_bias: str
+) -> list[nn.Parameter]:  # fmt: skip
+    """The model's own parameters that stay trainable. wrapped: names of the modules that get an adapter."""
+    found: dict[str, nn.Parameter] = {}
+    adapted = [*wrapped, *(name for name, _ in adapter_layers(model))]
+    for name in modules_ending_in(model, modules_to_save, "adapter.modules_to_save"):
+        for other in adapted:
+            if f"{other}.".startswith(f"{name}.") or f"{name}.".startswith(f"{other}."):
+                raise UserError(f"adapter.modules_to_save: {name} hits {other}, which has an adapter; train a module in one way")
+        inside = [f"{name}.{inner}" if inner else name for inner, _ in model.get_submodule(name).named_modules()]
+        _refuse_tied(model, inside, "adapter.modules_to_save", "naming others")
+        found |= {f"{name}.{inner}": p for inner, p in model.get_submodule(name).named_parameters()}
+    if train_bias == "adapted":
+        found |= {f"{name}.bias": p for name in wrapped for inner, p in model.get_submodule(name).named_parameters() if inner == "bias"}
+    elif train_bias == "all":
+        found |= {name: p for name, p in model.named_parameters() if name.rpartition(".")[2] == "bias"}
+    return list(found.values())

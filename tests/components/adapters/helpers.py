@@ -6,13 +6,29 @@ import torch
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
+from components.adapters.dora import DoRA
 from components.adapters.lora import LoRA
+from components.adapters.mtl_lora import MTLLoRA
 
 DEFAULTS = {"r": 2, "alpha": 6, "dropout": 0.0, "targets": "role:qkv,o,gate_up,down", "exclude": None, "use_rslora": False}
+DEFAULTS |= {"rank_pattern": {}, "alpha_pattern": {}, "modules_to_save": [], "train_bias": "none"}
+MTL_DEFAULTS = {"n_up": 3, "tau": 0.5, "lambda_type": "full", "w_init": "uniform", "tasks": ["a", "b", "c"], "split_fused": True}
 
 
 def lora(**changes) -> LoRA:
-    return LoRA(**{**DEFAULTS, **changes})
+    return LoRA(**{**DEFAULTS, "match_parameters": None, **changes})
+
+
+def dora(**changes) -> DoRA:
+    return DoRA(**{**DEFAULTS, "match_parameters": None, **changes})
+
+
+def mtl_lora(**changes) -> MTLLoRA:
+    return MTLLoRA(**{**DEFAULTS, **MTL_DEFAULTS, **changes})
+
+
+def relative(a: Tensor, b: Tensor) -> float:
+    return ((a - b).norm() / b.norm()).item()
 
 
 class Block(nn.Module):
@@ -58,13 +74,19 @@ class Toy(nn.Module):
         by_part |= {"gate_up_proj": "gate_up", "down_proj": "down"}
         return {name: by_part[name.split(".")[-2]] for name, _ in self.named_parameters()}
 
+    def fused_splits(self) -> dict[str, list[int]]:
+        rows = {"qkv_proj": [8, 8, 8], "gate_up_proj": [16, 16]}
+        return {f"blocks.{i}.{name}.weight": sizes for i in (0, 1) for name, sizes in rows.items()}
+
 
 def awaken(model: nn.Module, seed: int = 1) -> nn.Module:
-    """Give every B a value, as training would."""
+    """Give every B a value, and move what else starts as an identity, as training would."""
     generator = torch.Generator().manual_seed(seed)
     for name, p in model.named_parameters():
         if "lora_B" in name:
             p.data.normal_(std=0.3, generator=generator)
+        elif "lora_lambdas" in name or "lora_magnitude" in name:
+            p.data += 0.3 * torch.empty_like(p).normal_(generator=generator)
     return model
 
 

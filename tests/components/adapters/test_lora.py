@@ -11,11 +11,7 @@ from torch import nn
 from components.adapters.base import TaskIds, adapter_layers, adapter_state, disabled, merge, set_enabled, task_ids, unmerge
 from components.adapters.lora import LoRA, LoRALayer
 from components.contracts import UserError
-from tests.components.adapters.helpers import Toy, awaken, ids, lora
-
-
-def relative(a, b) -> float:
-    return ((a - b).norm() / b.norm()).item()
+from tests.components.adapters.helpers import Toy, awaken, ids, lora, relative
 
 
 @pytest.mark.parametrize(("use_rslora", "scale"), [(False, 6 / 2), (True, 6 / math.sqrt(2))])
@@ -264,7 +260,7 @@ def test_loading_is_strict(tmp_path):
     config = tmp_path / "adapter_config.json"
     plain = json.loads(config.read_text())
     config.write_text(json.dumps({**plain, "use_dora": True}))
-    refused("use_dora is True; only plain LoRA")
+    refused("use_dora is True; only use_dora=False can be read")
     config.write_text(json.dumps({**plain, "peft_type": "IA3"}))
     refused("peft_type is IA3; only LORA can be read")
     config.write_text("{")

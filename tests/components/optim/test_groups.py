@@ -6,12 +6,12 @@ import pytest
 import torch
 from torch import nn
 
-from components.adapters.lora import LoRA
 from components.contracts import NamedParameter, UserError
 from components.optim.adamw import adamw
 from components.optim.cosmos import Cosmos
 from components.optim.groups import check_roles, describe, named_parameters
 from components.optim.muon import Muon
+from tests.components.adapters.helpers import lora
 from tests.components.optim.helpers import ADAMW, COSMOS, MUON, TinyModel
 
 FACTORIES = {
@@ -57,7 +57,7 @@ def test_override_of_decay_wins_over_its_role():
 
 def test_adapter_parameters_go_to_adamw():
     model = TinyModel()
-    LoRA(r=2, alpha=4, dropout=0.0, targets="role:qkv,o", exclude=None, use_rslora=False).apply(model)
+    lora(r=2, alpha=4, targets="role:qkv,o").apply(model)
     listed = named_parameters(model)
     assert {p.role for p in listed} == {"adapter"} and len(listed) == 4
     (group,) = Muon(listed, **MUON).param_groups

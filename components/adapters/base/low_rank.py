@@ -1,0 +1,222 @@
+"""What the adapters of two thin matrices share: the options of rank and scale, the pair A and B, and the folder that PEFT reads."""
+
+from __future__ import annotations
+
+import math
+import re
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+from torch import Tensor, nn
+
+from components.adapters.base.peft_files import read_peft, write_peft
+from components.adapters.base.targets import modules_ending_in
+from components.adapters.base.task_ids import TaskIds
+from components.adapters.base.wrapping import AdapterLayer, adapter_layers, adapter_state, inject, load_adapter_state, selected
+from components.contracts import UserError
+
+PEFT_BIAS = {"none": "none", "adapted": "lora_only", "all": "all"}  # PEFT's words for train_bias
+FREE = ("rank_pattern", "alpha_pattern", "modules_to_save", "bias")  # keys of PEFT's configuration that are read
+
+
+def widen(x: Tensor, dtype: torch.dtype) -> Tensor:
+    """The adapter's input in the dtype of its parameters; under autocast as it is, since autocast chooses the dtype of the products."""
+    return x if torch.is_autocast_enabled(x.device.type) else x.to(dtype)
+
+
+def parameter_options(base_layer: nn.Linear) -> dict[str, Any]:
+    """Device and dtype of an adapter's parameters: float32, or that of the base weight where it is wider."""
+    weight = base_layer.weight
+    return {"device": weight.device, "dtype": torch.promote_types(weight.dtype, torch.float32)}
+
+
+def matched_rank(shapes: Iterable[tuple[int, int]], parameters: int, fixed: int = 0) -> int:
+    """Rank at which LoRA on modules of these (in, out) has nearest to `parameters` trainable ones: a fair twin of another adapter.
+
+    fixed: parameters that do not depend on the rank. Raises UserError when rank 1 has already more than twice as many.
+
+    >>> matched_rank([(4096, 4096)] * 128, 16_845_824)  # MTL-LoRA with r 8, three B and eight tasks on LLaMA2-7B
+    16
+    """
+    each = sum(inside + outside for inside, outside in shapes)
+    if parameters < (each + fixed) / 2:
+        raise UserError(f"adapter.match_parameters: {parameters:,}, but rank 1 has {each + fixed:,} on these targets; choose fewer targets")
+    return max(1, round((parameters - fixed) / each))
+
+
+class LowRankLayer(AdapterLayer):
+    """A wrapper with A (r, in), kaiming-uniform with a = sqrt 5, and B (out, r), zero at the start (arXiv 2106.09685, section 4.1).
+
+    A and B are float32 under a narrower base (float64 under a float64 one).
+    """
+
+    adapter_prefix = "lora_"
+
+    def __init__(self, base_layer: nn.Linear, task_ids: TaskIds, r: int, scale: float, dropout: float) -> None:
+        super().__init__(base_layer, task_ids)
+        kwargs = parameter_options(base_layer)
+        self.lora_A = nn.Linear(base_layer.in_features, r, bias=False, **kwargs)
+        self.lora_B = nn.Linear(r, base_layer.out_features, bias=False, **kwargs)
+        nn.init.kaiming_uniform_(self.lora_A.weight, a=math.sqrt(5))
+        nn.init.zeros_(self.lora_B.weight)
+        self.dropout = nn.Dropout(dropout)
+        self.scale = scale
+
+    def low_rank(self, x: Tensor) -> Tensor:
+        """scale * B A x for x (..., in) that is dropped out and widened already: (..., out)."""
+        out: Tensor = self.lora_B(self.scale * self.lora_A(x))  # (..., r), then (..., out)
+        return out
+
+    def delta_weight(self, task: int | None = None) -> Tensor:
+        with torch.autocast(self.lora_A.weight.device.type, enabled=False):
+            return self.scale * (self.lora_B.weight @ self.lora_A.weight)  # (out, in)
+
+
+class LowRankAdapter:
+    """Options that all low-rank adapters have.
+
+    r: rank, >= 1. alpha: the scale is alpha / r, or alpha / sqrt(r) with use_rslora (arXiv 2312.03732). dropout: on the adapter's input, in
+    [0, 1). targets, exclude: which modules, see `components.adapters.base.targets.select_modules`. rank_pattern, alpha_pattern: {regex of
+    the end of a module's name, from a dot: its r or alpha}, the first that fits; each must fit a wrapped module. modules_to_save,
+    train_bias: what is trained in full beside the adapter, see `components.adapters.base.inject`.
+    Raises UserError for values out of range.
+    """
+
+    def __init__(
+        self, r: int, alpha: float, dropout: float, targets: str | Sequence[str], exclude: str | None, use_rslora: bool,
+        rank_pattern: Mapping[str, int], alpha_pattern: Mapping[str, float], modules_to_save: Sequence[str],
+        train_bias: Literal["none", "adapted", "all"],
+    ) -> None:  # fmt: skip
+        for key, rank in [("r", r), *((f"rank_pattern.{pattern}", rank) for pattern, rank in rank_pattern.items())]:
+            if rank < 1:
+                raise UserError(f"adapter.{key}: {rank}; the rank must be at least 1")
+        for key, value in [("alpha", alpha), *((f"alpha_pattern.{pattern}", value) for pattern, value in alpha_pattern.items())]:
+            if not math.isfinite(value) or value <= 0:
+                raise UserError(f"adapter.{key}: {value}; must be a finite number above 0")
+        if not 0 <= dropout < 1:
+            raise UserError(f"adapter.dropout: {dropout}; must be in [0, 1)")
+        if train_bias not in PEFT_BIAS:
+            raise UserError(f"adapter.train_bias: {train_bias!r}; allowed are {', '.join(PEFT_BIAS)}")
+        for key, patterns in (("rank_pattern", rank_pattern), ("alpha_pattern", alpha_pattern)):
+            for pattern in patterns:
+                try:
+                    re.compile(pattern)
+                except re.error as error:
+                    raise UserError(f"adapter.{key}: {pattern!r} is not a regular expression ({error})") from None
+        self.r = r
+        self.alpha = alpha
+        self.dropout = dropout
+        self.targets = targets
+        self.exclude = exclude
+        self.use_rslora = use_rslora
+        self.rank_pattern = dict(rank_pattern)
+        self.alpha_pattern = dict(alpha_pattern)
+        self.modules_to_save = list(modules_to_save)
+        self.train_bias = train_bias
+
+    def wrap_targets(
+        self, model: nn.Module, wrap: Callable[[str, nn.Linear, TaskIds, int, float], AdapterLayer], tasks: Sequence[str] = ()
+    ) -> dict[str, Any]:
+        """`inject` with the rank and scale of each module: wrap gets its name, the module, the ids, r and scale."""
+        names = selected(model, self.targets, self.exclude)
+        for key in ("rank_pattern", "alpha_pattern"):
+            for pattern in getattr(self, key):
+                if not any(_fits(pattern, name) for name in names):
+                    raise UserError(f"adapter.{key}: {pattern!r} fits none of the wrapped modules, such as {names[0]}")
+
+        def wrap_one(name: str, base: nn.Linear, ids: TaskIds) -> AdapterLayer:
+            r = next((rank for pattern, rank in self.rank_pattern.items() if _fits(pattern, name)), self.r)
+            alpha = next((value for pattern, value in self.alpha_pattern.items() if _fits(pattern, name)), self.alpha)
+            return wrap(name, base, ids, r, alpha / (math.sqrt(r) if self.use_rslora else r))
+
+        return inject(model, self.targets, self.exclude, wrap_one, tasks, self.modules_to_save, self.train_bias)
+
+    def write_lora(self, model: nn.Module, folder: Path | str, state: dict[str, Tensor], use_dora: bool) -> None:
+        """Write a folder that PEFT reads. state: tensors by parameter name, A and B as PEFT has them."""
+        more = {
+            "use_dora": use_dora,
+            "rank_pattern": self.rank_pattern,
+            "alpha_pattern": self.alpha_pattern,
+            "modules_to_save": modules_ending_in(model, self.modules_to_save, "adapter.modules_to_save") or None,
+            "bias": PEFT_BIAS[self.train_bias],
+        }
+        names = [name for name, _ in adapter_layers(model) if f"{name}.lora_A.weight" in state]
+        write_peft(Path(folder), model, names, state, self.r, self.alpha, self.dropout, self.use_rslora, more)
+
+
+class PeftAdapter(LowRankAdapter):
+    """A low-rank adapter that PEFT has too: its folder is PEFT's.
+
+    match_parameters: choose the rank at which nearest to this many parameters are trained in the wrapped modules; r is null then.
+    """
+
+    layer: type[LowRankLayer]
+    use_dora = False
+
+    def __init__(
+        self, r: int | None, alpha: float, dropout: float, targets: str | Sequence[str], exclude: str | None, use_rslora: bool,
+        rank_pattern: Mapping[str, int], alpha_pattern: Mapping[str, float], modules_to_save: Sequence[str],
+        train_bias: Literal["none", "adapted", "all"], match_parameters: int | None,
+    ) -> None:  # fmt: skip
+        if (r is None) is (match_parameters is None):
+            raise UserError(f"adapter.r: {r} and adapter.match_parameters: {match_parameters}; one of them decides, the other must be null")
+        if match_parameters is not None and rank_pattern:
+            raise UserError("adapter.rank_pattern: set, but adapter.match_parameters chooses one rank for all modules; drop one of them")
+        super().__init__(
+            1 if r is None else r, alpha, dropout, targets, exclude, use_rslora, rank_pattern, alpha_pattern, modules_to_save, train_bias
+        )  # fmt: skip
+        self.match_parameters = match_parameters
+
+    def apply(self, model: nn.Module) -> dict[str, Any]:
+        """Wrap the targets in place and freeze the rest; the model's outputs do not change. See `components.adapters.base.inject`."""
+        if self.match_parameters is not None:
+            modules: list[Any] = [model.get_submodule(name) for name in selected(model, self.targets, self.exclude)]
+            lengths = sum(m.out_features for m in modules) if self.use_dora else 0
+            self.r = matched_rank([(m.in_features, m.out_features) for m in modules], self.match_parameters, lengths)
+        return self.wrap_targets(model, lambda _, base, ids, r, scale: self.layer(base, ids, r, scale, self.dropout))
+
+    def save(self, model: nn.Module, folder: Path | str) -> None:
+        """Write adapter_model.safetensors and adapter_config.json as PEFT lays them out; PEFT and vLLM read the folder."""
+        self.write_lora(model, folder, adapter_state(model), self.use_dora)
+
+    def load(self, model: nn.Module, folder: Path | str) -> None:
+        """Read the tensors of such a folder into a model that `apply` has wrapped.
+
+        Raises UserError when a file is missing or unreadable, or keys, shapes, rank or scale differ from this adapter's.
+        """
+        config, state = read_peft(Path(folder), {"use_dora": self.use_dora}, FREE)
+        for key, own in (
+            ("r", self.r), ("lora_alpha", self.alpha), ("use_rslora", self.use_rslora), ("bias", PEFT_BIAS[self.train_bias]),
+            ("rank_pattern", self.rank_pattern), ("alpha_pattern", self.alpha_pattern),
+        ):  # fmt: skip
+            if config[key] != own:
+                raise UserError(f"{folder}: {key} is {config[key]}; this adapter has {own}")
+        load_adapter_state(model, state, str(folder))
+
+    @classmethod
+    def from_folder(cls, folder: Path | str) -> PeftAdapter:
+        """The adapter that a PEFT folder describes; then `apply` it and `load`. Raises UserError for more than this adapter."""
+        config, _ = read_peft(Path(folder), {"use_dora": cls.use_dora}, FREE)
+        words = {theirs: ours for ours, theirs in PEFT_BIAS.items()}
+        if config["bias"] not in words:
+            raise UserError(f"{folder}: bias is {config['bias']!r}; allowed are {', '.join(words)}")
+        return cls(
+            r=config["r"],
+            alpha=config["lora_alpha"],
+            dropout=config["lora_dropout"],
+            targets=config["target_modules"],
+            exclude=config["exclude_modules"],
+            use_rslora=config["use_rslora"],
+            rank_pattern=config["rank_pattern"],
+            alpha_pattern=config["alpha_pattern"],
+            modules_to_save=config["modules_to_save"] or [],
+            train_bias=words[config["bias"]],  # type: ignore[arg-type]
+            match_parameters=None,
+        )
+
+
+def _fits(pattern: str, name: str) -> bool:
+    """As PEFT compares: the pattern is the end of the name, from a dot."""
+    return re.match(rf"(.*\.)?({pattern})$", name) is not None

@@ -1,0 +1,215 @@
+"""Mixtures of LoRAs: one of several by the row's mode, or a weighted sum by the row's task or by each token.
+
+Three routers in one class: `modality` (Phi-4-Multimodal, arXiv 2503.01743; also several named LoRAs side by side), `task`
+(MOELoRA, arXiv 2310.18339) and `token` (HydraLoRA, arXiv 2404.19245, with the losses of the Switch Transformer, arXiv 2101.03961).
+"""
+
+from __future__ import annotations
+
+import difflib
+import math
+from collections.abc import Iterable, Mapping, Sequence
+from pathlib import Path
+from typing import Any, Literal
+
+from torch import nn
+
+from components.adapters.base import OFF, adapter_layers, adapter_state, inject, load_adapter_state, task_ids
+from components.adapters.base.peft_files import read_folder, read_peft, write_folder, write_peft
+from components.adapters.mixture import ModalityLayer, RowChoice, TaskLayer, TokenLayer, watch_routers
+from components.contracts import UserError
+
+ROUTERS = ("modality", "task", "token")
+PEFT_TYPE = "MOE_LORA"  # of our own folders
+
+
+class MoELoRA:
+    """Adapter option: several LoRAs on each of the chosen linear layers and a router over them, everything else frozen.
+
+    router: `modality`, `task` or `token`, see the three layers. targets, exclude: which modules, see
+    `components.adapters.base.targets.select_modules`. tasks: names of the data's tasks; for `modality` they must be the modes of `rules`.
+
+    Learned routers: r: the rank, over all experts for `task` (num_experts must divide it), of A and of each head for `token`.
+    alpha: the scale is alpha / r. dropout: on the adapter's input, in [0, 1). embedding_dim: of a task (`task`). top_k: how many experts a
+    token uses, null for all; aux: weights {balance, z} of the router's losses (`token`).
+
+    modality: experts: {name: {r, alpha, dropout}}. rules: {mode: name of its expert, or null for the base model}; their order gives
+    the ids of the modes; {}: every expert is a mode of its own name. train: names of the experts to train, null for all.
+
+    Raises UserError for values out of range, and for keys that the router does not read.
+    """
+
+    def __init__(
+        self,
+        router: Literal["modality", "task", "token"],
+        r: int,
+        alpha: float,
+        dropout: float,
+        num_experts: int,
+        embedding_dim: int,
+        top_k: int | None,
+        aux: Mapping[str, float],
+        experts: Mapping[str, Mapping[str, Any]],
+        rules: Mapping[str, str | None],
+        train: Sequence[str] | None,
+        tasks: Sequence[str] | None,
+        targets: str | Sequence[str],
+        exclude: str | None,
+    ) -> None:
+        if router not in ROUTERS:
+            raise UserError(f"adapter.router: {router!r}; allowed are {', '.join(ROUTERS)}{_near(router, ROUTERS)}")
+        _check_lora("adapter", r, alpha, dropout)
+        self.router, self.r, self.alpha, self.dropout = router, r, alpha, dropout
+        self.num_experts, self.embedding_dim, self.top_k, self.aux = num_experts, embedding_dim, top_k, dict(aux)
+        self.experts = {name: dict(expert) for name, expert in experts.items()}
+        self.rules = dict(rules) or {name: name for name in experts}
+        self.train = list(self.experts if train is None else train)
+        self.tasks = list(tasks or ())
+        self.targets, self.exclude = targets, exclude
+        self._check_unread(train)
+        self._check_modality() if router == "modality" else self._check_learned()
+
+    def _check_unread(self, train: Sequence[str] | None) -> None:
+        """A value that the router does not read is a mistake."""
+        read = {"modality": ("experts", "rules", "train"), "task": (), "token": ("top_k", "aux")}[self.router]
+        given = {
+            "experts": self.experts, "rules": self.rules, "train": train, "top_k": self.top_k, "aux": any(self.aux.values()),
+        }  # fmt: skip
+        for key, value in given.items():
+            if value and key not in read:
+                reader = "token" if key in ("top_k", "aux") else "modality"
+                raise UserError(f"adapter.{key}: set, but adapter.router={self.router} does not read it; drop it, or use router={reader}")
+
+    def _check_learned(self) -> None:
+        if self.num_experts < 1 or self.embedding_dim < 1:
+            key = "num_experts" if self.num_experts < 1 else "embedding_dim"
+            raise UserError(f"adapter.{key}: {getattr(self, key)}; must be at least 1")
+        if self.router == "task" and self.r % self.num_experts:
+            raise UserError(
+                f"adapter.r: {self.r} is shared out among adapter.num_experts={self.num_experts} experts; it must be a multiple of that"
+            )
+        if self.router == "task" and not self.tasks:
+            raise UserError("adapter.tasks: none, and adapter.router=task chooses by them; use data with tasks, or router=token")
+        if self.top_k is not None and not 1 <= self.top_k <= self.num_experts:
+            raise UserError(f"adapter.top_k: {self.top_k}; must be null or from 1 to adapter.num_experts={self.num_experts}")
+        if self.top_k == 1 < self.num_experts and not any(self.aux.values()):
+            raise UserError(
+                "adapter.top_k: 1; a single weight is always 1, so only adapter.aux.balance or .z can teach the router: set one"
+            )
+        for key, weight in self.aux.items():
+            if key not in ("balance", "z"):
+                raise UserError(f"adapter.aux.{key}: unknown; allowed are balance, z{_near(key, ('balance', 'z'))}")
+            if not math.isfinite(weight) or weight < 0:
+                raise UserError(f"adapter.aux.{key}: {weight}; must be a finite number, 0 or above")
+
+    def _check_modality(self) -> None:
+        if not self.experts:
+            raise UserError("adapter.experts: none, and adapter.router=modality chooses among them; give {NAME: {r, alpha, dropout}}")
+        for name, expert in self.experts.items():
+            if not name.isidentifier():
+                raise UserError(f"adapter.experts: {name!r}; a name consists of letters, digits and _")
+            if set(expert) != {"r", "alpha", "dropout"}:
+                raise UserError(f"adapter.experts.{name}: has {', '.join(expert) or 'nothing'}; needed are r, alpha, dropout")
+            _check_lora(f"adapter.experts.{name}", expert["r"], expert["alpha"], expert["dropout"])
+        for key, expert_name in [*(("rules", name) for name in self.rules.values()), *(("train", name) for name in self.train)]:
+            if expert_name is not None and expert_name not in self.experts:
+                known = ", ".join(self.experts)
+                raise UserError(f"adapter.{key}: {expert_name!r}; the experts are {known}{_near(expert_name, self.experts)}")
+        if self.tasks and self.tasks != list(self.rules):
+            raise UserError(f"adapter.rules: modes {', '.join(self.rules)}, but the tasks of the data are {', '.join(self.tasks)}")
+        if not self.train:
+            raise UserError(f"adapter.train: []; null for all experts, or some of {', '.join(self.experts)}")
+
+    def apply(self, model: nn.Module) -> dict[str, Any]:
+        """Wrap the targets in place and freeze the rest; the model's outputs do not change. See `components.adapters.base.inject`."""
+        scale = self.alpha / self.r
+        if self.router == "modality":
+            numbers = {name: i for i, name in enumerate(self.experts)}
+            choice = RowChoice([OFF if name is None else numbers[name] for name in self.rules.values()], len(numbers))
+            wrap: Any = lambda _, base, ids: ModalityLayer(base, ids, choice, self.experts, self.train)  # noqa: E731
+        elif self.router == "task":
+            wrap = lambda _, base, ids: TaskLayer(base, ids, self.r, scale, self.dropout, self.num_experts, self.embedding_dim)  # noqa: E731
+        else:
+            wrap = lambda _, base, ids: TokenLayer(base, ids, self.r, scale, self.dropout, self.num_experts, self.top_k, self.aux)  # noqa: E731
+        report = inject(model, self.targets, self.exclude, wrap, list(self.rules) if self.router == "modality" else self.tasks)
+        if self.router == "token":
+            watch_routers(model)
+        return report
+
+    def save(self, model: nn.Module, folder: Path | str) -> None:
+        """Write adapter_model.safetensors, the adapter's tensors by parameter name, and adapter_config.json."""
+        write_folder(Path(folder), {"peft_type": PEFT_TYPE, **self._config(model)}, adapter_state(model))
+
+    def load(self, model: nn.Module, folder: Path | str) -> None:
+        """Read such a folder into a model that `apply` has wrapped. Tasks in another order are put into this model's.
+
+        Raises UserError when a file is missing or damaged, or keys, shapes, router, experts or tasks differ from this adapter's.
+        """
+        stored, state = read_folder(Path(folder))
+        if stored.get("peft_type") != PEFT_TYPE:
+            raise UserError(f"{folder}: peft_type is {stored.get('peft_type')}; needed is {PEFT_TYPE}")
+        for key, own in self._config(model).items():
+            theirs = stored.get(key)
+            if key == "tasks" and self.router == "task" and isinstance(theirs, list) and sorted(theirs) == sorted(own):
+                places = [theirs.index(name) for name in own]
+                state = {name: t[places] if name.endswith(".lora_embedding") else t for name, t in state.items()}
+            elif theirs != own:
+                raise UserError(f"{folder}: {key} is {theirs}; this adapter has {own}")
+        load_adapter_state(model, state, str(folder))
+
+    def _config(self, model: nn.Module) -> dict[str, Any]:
+        """What must be the same for tensors to mean the same."""
+        if self.router == "modality":
+            experts = {name: {"r": e["r"], "alpha": e["alpha"]} for name, e in self.experts.items()}
+            return {"router": self.router, "experts": experts, "rules": self.rules}
+        holder = task_ids(model)
+        tasks = list(holder.names) if holder is not None and self.router == "task" else []
+        own = {"router": self.router, "r": self.r, "alpha": self.alpha, "num_experts": self.num_experts, "top_k": self.top_k}
+        return {**own, "tasks": tasks}
+
+    def save_expert(self, model: nn.Module, name: str, folder: Path | str) -> None:
+        """Write one expert (router=modality) as a LoRA of its own, in PEFT's layout: PEFT and vLLM read the folder."""
+        expert = self._expert(name)
+        ours = _keys_of(model, name)
+        state = {theirs: adapter_state(model)[key] for key, theirs in ours.items()}
+        modules = [module for module, _ in adapter_layers(model)]
+        write_peft(Path(folder), model, modules, state, expert["r"], expert["alpha"], expert["dropout"], use_rslora=False)
+
+    def load_expert(self, model: nn.Module, name: str, folder: Path | str) -> None:
+        """Read a LoRA in PEFT's layout into one expert (router=modality); the others stay.
+
+        Raises UserError when a file is missing or damaged, or keys, shapes, rank or scale differ from the expert's.
+        """
+        expert = self._expert(name)
+        config, state = read_peft(Path(folder))
+        for key, own in (("r", expert["r"]), ("lora_alpha", expert["alpha"]), ("use_rslora", False)):
+            if config[key] != own:
+                raise UserError(f"{folder}: {key} is {config[key]}; expert {name} has {own}")
+        places = {theirs: ours for ours, theirs in _keys_of(model, name).items()}
+        others = {key: tensor for key, tensor in adapter_state(model).items() if key not in places.values()}
+        load_adapter_state(model, {**others, **{places.get(key, key): tensor for key, tensor in state.items()}}, str(folder))
+
+    def _expert(self, name: str) -> dict[str, Any]:
+        if self.router != "modality" or name not in self.experts:
+            known = ", ".join(self.experts) if self.router == "modality" else f"none with adapter.router={self.router}"
+            raise UserError(f"adapter.experts: {name!r}; the named experts are {known}{_near(name, self.experts)}")
+        return self.experts[name]
+
+
+def _keys_of(model: nn.Module, expert: str) -> dict[str, str]:
+    """Parameter names of one expert -> their names in PEFT's files."""
+    return {f"{module}.{side}.{expert}": f"{module}.{side}.weight" for module, _ in adapter_layers(model) for side in ("lora_A", "lora_B")}
+
+
+def _near(word: str, valid: Iterable[str]) -> str:
+    near = difflib.get_close_matches(word, list(valid), 1)
+    return f"; did you mean {near[0]}?" if near else ""
+
+
+def _check_lora(key: str, r: int, alpha: float, dropout: float) -> None:
+    if not isinstance(r, int) or r < 1:
+        raise UserError(f"{key}.r: {r}; the rank must be a whole number, at least 1")
+    if not math.isfinite(alpha) or alpha <= 0:
+        raise UserError(f"{key}.alpha: {alpha}; must be a finite number above 0")
+    if not 0 <= dropout < 1:
+        raise UserError(f"{key}.dropout: {dropout}; must be in [0, 1)")

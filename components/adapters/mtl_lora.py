@@ -1,0 +1,292 @@
+"""MTL-LoRA (arXiv 2410.09437): one A for all tasks, a small matrix for each task inside the rank, and several B that each task mixes."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from components.adapters.base import OFF, AdapterLayer, TaskIds, adapter_layers, adapter_state, load_adapter_state, task_ids
+from components.adapters.base.low_rank import LowRankAdapter, parameter_options, widen
+from components.adapters.base.peft_files import read_folder, write_folder
+from components.adapters.base.sharing import cosines
+from components.contracts import UserError
+
+PER_TASK = ("lora_lambdas", "lora_B_w")  # parameters with a row for each task
+
+
+class MTLLoRALayer(AdapterLayer):
+    """y = base(x) + scale * B_t Lambda_t A dropout(x) for the task t of each row or token, with B_t = sum_i softmax(w_t / tau)_i B_i.
+
+    lora_A (r, in), kaiming-uniform with a = sqrt 5. lora_lambdas (T, r, r), or (T, r) for diagonals: the identity at the start; a fused
+    projection has one for each of its blocks of rows: (T, blocks, r, r) or (T, blocks, r). lora_B (n, out, r), zero at the start.
+    lora_B_w (T, n), uniform within +-1/sqrt(n) or zero. All are float32 or wider.
+
+    The tasks of a batch may be mixed at no cost: all B lie side by side in one (out, n r) matrix, and what differs between tasks, Lambda_t
+    and the weights of the mixture, is applied to the r numbers of each token before it.
+
+    Note: in the published code a fused projection has one Lambda over the ranks of all its blocks, which mixes them; here one a block.
+    """
+
+    adapter_prefix = "lora_"
+
+    def __init__(
+        self, base_layer: nn.Linear, task_ids: TaskIds, r: int, scale: float, dropout: float, n_up: int, tau: float,
+        lambda_type: str, w_init: str, splits: Sequence[int],
+    ) -> None:  # fmt: skip
+        """splits: rows of each block of a fused projection, which add up to out_features; () for a plain one."""
+        super().__init__(base_layer, task_ids)
+        tasks, inside, outside = len(task_ids), base_layer.in_features, base_layer.out_features
+        kwargs = parameter_options(base_layer)
+        self.splits = tuple(splits) if lambda_type != "none" and len(splits) > 1 else (outside,)
+        self.scale = scale
+        self.tau = tau
+        self.lambda_type = lambda_type
+        self.dropout = nn.Dropout(dropout)
+        self.lora_A = nn.Parameter(torch.empty(r, inside, **kwargs))
+        self.lora_B = nn.Parameter(torch.zeros(n_up, outside, r, **kwargs))
+        self.lora_B_w = nn.Parameter(torch.zeros(tasks, n_up, **kwargs))
+        nn.init.kaiming_uniform_(self.lora_A, a=math.sqrt(5))
+        if w_init == "uniform":
+            nn.init.kaiming_uniform_(self.lora_B_w, a=math.sqrt(5))
+        if lambda_type != "none":
+            one = torch.eye(r, **kwargs) if lambda_type == "full" else torch.ones(r, **kwargs)
+            blocks = () if len(self.splits) == 1 else (len(self.splits),)
+            self.lora_lambdas = nn.Parameter(one.expand(tasks, *blocks, *one.shape).clone())
+
+    def rows(self, key: str) -> Tensor:
+        """A parameter with a row for each task: the trained row of a task that was added stands apart from the frozen rest."""
+        old: Tensor = getattr(self, key)
+        return torch.cat([old, getattr(self, f"{key}_new")]) if hasattr(self, f"{key}_new") else old
+
+    def add_row(self, source: int | None) -> None:
+        """Freeze the layer but for a new last row of what each task has, a copy of the row `source`, or the mean of all."""
+        self.requires_grad_(False)
+        for key in PER_TASK:
+            if hasattr(self, key):
+                rows = self.rows(key).detach()
+                setattr(self, key, nn.Parameter(rows, requires_grad=False))
+                new = rows.mean(0, keepdim=True) if source is None else rows[source : source + 1].clone()
+                setattr(self, f"{key}_new", nn.Parameter(new))
+
+    def shares(self) -> Tensor:
+        """Weights of the mixtures: (T, n), each row sums to 1."""
+        w = self.rows("lora_B_w")
+        return torch.softmax(w.to(torch.promote_types(w.dtype, torch.float32)) / self.tau, -1)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """x: (B, ..., in), or (N, in) for ids by token. Returns (..., out) in the dtype of the base output.
+
+        Rows or tokens with the id OFF get the base output. Raises UserError as `TaskIds.of` does.
+        """
+        y: Tensor = self.base_layer(x)
+        if not self.adds:
+            return y
+        ids = self.task_ids.of(x)  # (B,) or (B, T)
+        z = self.scale * F.linear(self.dropout(widen(x, self.lora_A.dtype)), self.lora_A)  # (..., r)
+        parts = self._mixed(z.reshape(ids.numel(), -1, z.shape[-1]), ids.flatten().clamp_min(0))  # blocks x (I, S, n r)
+        ups = self.lora_B.transpose(0, 1).flatten(1).split(self.splits)  # blocks x (rows, n r)
+        delta = [F.linear(part.reshape(*z.shape[:-1], -1), up) for part, up in zip(parts, ups, strict=True)]
+        out = (y + (delta[0] if len(delta) == 1 else torch.cat(delta, -1))).to(y.dtype)
+        if self.task_ids.some_off:
+            out = torch.where((ids != OFF).reshape(*ids.shape, *(1,) * (y.dim() - ids.dim())), out, y)
+        return out
+
+    def _mixed(self, z: Tensor, ids: Tensor) -> list[Tensor]:
+        """z: (I, S, r) for ids (I,), each of S tokens. Returns (I, S, n r) for each block: Lambda_t z, n times, weighted."""
+        shares = self.shares()[ids][:, None, :, None]  # (I, 1, n, 1)
+        turned = [z] if self.lambda_type == "none" else self._turned(z, ids)
+        return [(shares * part[:, :, None, :]).flatten(2) for part in turned]
+
+    def _turned(self, z: Tensor, ids: Tensor) -> list[Tensor]:
+        """Lambda_t z for each block: (I, S, r) each."""
+        lambdas = self.rows("lora_lambdas")
+        if len(self.splits) == 1:
+            lambdas = lambdas.unsqueeze(1)  # (T, blocks, r, r) or (T, blocks, r)
+        if self.lambda_type == "diag":
+            return [z * diagonal[ids][:, None] for diagonal in lambdas.unbind(1)]
+        if z.shape[1] > 1:
+            return [torch.bmm(z, matrix[ids].mT) for matrix in lambdas.unbind(1)]
+        # One token an id: r numbers for each of the T tasks take less memory than r x r for each token. The product is one by task, so
+        # that a task which is added later changes no bit of the others.
+        every = [torch.bmm(z[:, 0].expand(len(matrix), -1, -1), matrix.mT) for matrix in lambdas.unbind(1)]  # (T, I, r)
+        return [part.take_along_dim(ids[None, :, None], 0).transpose(0, 1) for part in every]
+
+    def factors(self, task: int | None = None) -> tuple[Tensor, Tensor]:
+        """The task's update without its scale as up @ down: up (out, r) is B_t Lambda_t by blocks of rows, down (r, in) is A.
+
+        Raises UserError when there are several tasks and none is said.
+        """
+        if task is None and len(self.task_ids) > 1:
+            raise UserError(f"adapter.task: missing; each of {', '.join(self.task_ids.names)} has an update of its own")
+        task = task or 0
+        with torch.autocast(self.lora_A.device.type, enabled=False):
+            up = torch.einsum("n,nor->or", self.shares()[task], self.lora_B)  # (out, r)
+            if self.lambda_type != "none":
+                matrices = self.rows("lora_lambdas")[task]
+                matrices = matrices.diag_embed() if self.lambda_type == "diag" else matrices
+                blocks = zip(up.split(self.splits), matrices.reshape(-1, *matrices.shape[-2:]), strict=True)
+                up = torch.cat([rows @ matrix for rows, matrix in blocks])
+        return up, self.lora_A
+
+    def delta_weight(self, task: int | None = None) -> Tensor:
+        up, down = self.factors(task)
+        with torch.autocast(up.device.type, enabled=False):
+            return self.scale * (up @ down)  # (out, in)
+
+    def diagnostics(self) -> dict[str, float]:
+        """What tasks share; {} for one task. largest_share: largest weight of a mixture (1/n is even), mean over the tasks.
+
+        task_cosine: between the updates of two tasks, mean over the pairs.
+        """
+        tasks = len(self.task_ids)
+        if tasks < 2:
+            return {}
+        alike = (cosines(self).sum() - tasks) / (tasks * (tasks - 1)) if self.lora_B.any() else torch.zeros(())
+        return {"largest_share": self.shares().amax(-1).mean().item(), "task_cosine": alike.item()}
+
+
+class MTLLoRA(LowRankAdapter):
+    """Adapter option: low-rank updates that tasks share in part; everything else frozen.
+
+    n_up: up-projections B_i, >= 1. tau: temperature of their mixture, > 0; small is nearly one B a task. lambda_type: the matrix inside the
+    rank is full, diagonal or left out. w_init: `uniform` as published, or `zeros`, an even mixture. tasks: their names; the order fixes the
+    ids of a batch, and a folder is read by the names. split_fused: each block of a fused projection, by the model's `fused_splits()`, has
+    its own Lambda. The rest is as in `LowRankAdapter`. Raises UserError for values out of range.
+    """
+
+    def __init__(
+        self, r: int, alpha: float, dropout: float, targets: str | Sequence[str], exclude: str | None, use_rslora: bool,
+        rank_pattern: Mapping[str, int], alpha_pattern: Mapping[str, float], modules_to_save: Sequence[str],
+        train_bias: Literal["none", "adapted", "all"], n_up: int, tau: float, lambda_type: Literal["full", "diag", "none"],
+        w_init: Literal["uniform", "zeros"], tasks: Sequence[str], split_fused: bool,
+    ) -> None:  # fmt: skip
+        super().__init__(
+            r, alpha, dropout, targets, exclude, use_rslora, rank_pattern, alpha_pattern, modules_to_save, train_bias
+        )  # fmt: skip
+        if n_up < 1:
+            raise UserError(f"adapter.n_up: {n_up}; at least 1 up-projection is needed")
+        if not math.isfinite(tau) or tau <= 0:
+            raise UserError(f"adapter.tau: {tau}; must be a finite number above 0")
+        for key, value, allowed in (("lambda_type", lambda_type, ("full", "diag", "none")), ("w_init", w_init, ("uniform", "zeros"))):
+            if value not in allowed:
+                raise UserError(f"adapter.{key}: {value!r}; allowed are {', '.join(allowed)}")
+        if not tasks:
+            raise UserError("adapter.tasks: []; name at least one task")
+        self.n_up = n_up
+        self.tau = tau
+        self.lambda_type = lambda_type
+        self.w_init = w_init
+        self.tasks = tuple(tasks)
+        self.split_fused = split_fused
+
+    def apply(self, model: nn.Module) -> dict[str, Any]:
+        """Wrap the targets in place and freeze the rest; the model's outputs do not change. See `components.adapters.base.inject`.
+
+        A layer has r in + n out r + T blocks r^2 + T n parameters (T blocks r for diagonals).
+        """
+        splits = model.fused_splits() if self.split_fused and hasattr(model, "fused_splits") else {}  # type: ignore[operator]
+
+        def wrap(name: str, base: nn.Linear, ids: TaskIds, r: int, scale: float) -> MTLLoRALayer:
+            rows = splits.get(f"{name}.weight", ())
+            return MTLLoRALayer(base, ids, r, scale, self.dropout, self.n_up, self.tau, self.lambda_type, self.w_init, rows)
+
+        return self.wrap_targets(model, wrap, self.tasks)
+
+    def _shape(self) -> dict[str, Any]:
+        """What a folder must agree on, by its names in the configuration."""
+        keys = ("r", "alpha", "use_rslora", "rank_pattern", "alpha_pattern", "n_up", "tau", "lambda_type", "split_fused")
+        return {key: getattr(self, key) for key in keys}
+
+    def save(self, model: nn.Module, folder: Path | str) -> None:
+        """Write adapter_model.safetensors, with the tensors by parameter name, and adapter_config.json."""
+        state = adapter_state(model)
+        for name in [name for name in state if name.endswith("_new")]:
+            old = name.removesuffix("_new")
+            state[old] = torch.cat([state[old], state.pop(name)])
+        config = {"peft_type": "MTL_LORA", **self._shape(), "tasks": list(_holder(model).names), "dropout": self.dropout}
+        write_folder(Path(folder), config, state)
+
+    def load(self, model: nn.Module, folder: Path | str) -> None:
+        """Read such a folder into a model that `apply` has wrapped. Tasks go by name, so that their order may differ.
+
+        Raises UserError when a file is missing or unreadable, or keys, shapes, tasks, or what decides the forward pass differ.
+        """
+        config, state = read_folder(Path(folder))
+        if config.get("peft_type") != "MTL_LORA":
+            raise UserError(f"{folder}: peft_type is {config.get('peft_type')}; only MTL_LORA can be read by this adapter")
+        for key, own in self._shape().items():
+            if config.get(key) != own:
+                raise UserError(f"{folder}: {key} is {config.get(key)}; this adapter has {own}")
+        names = _holder(model).names
+        if sorted(found := config.get("tasks", [])) != sorted(names):
+            raise UserError(f"{folder}: its tasks are {', '.join(found)}; this adapter has {', '.join(names)}")
+        order = [found.index(name) for name in names]
+        for name, tensor in state.items():
+            if name.endswith(PER_TASK) and len(tensor) == len(order):
+                state[name] = tensor[order]
+        load_adapter_state(model, state, str(folder))
+
+    def load_reference(self, model: nn.Module, file: Path | str) -> None:
+        """Read a .pt file of the published code (pUmpKin-Co/MTL-LoRA); its tasks are taken in the order of this adapter's.
+
+        lora_A may have a leading 1, names a leading `module.`. Raises UserError for anything else than tensors by name, and as `load` does.
+        """
+        try:
+            found = torch.load(file, map_location="cpu", weights_only=True)
+        except Exception as error:  # torch raises RuntimeError, UnpicklingError, OSError, EOFError ... for what is no such file
+            raise UserError(f"{file}: cannot be read ({str(error).splitlines()[0]}); a file of tensors by name is needed") from None
+        if not isinstance(found, dict) or not all(isinstance(value, Tensor) for value in found.values()):
+            raise UserError(f"{file}: holds other things than tensors by name")
+        state = {name.removeprefix("module."): tensor for name, tensor in found.items()}
+        for name, tensor in state.items():
+            if name.endswith("lora_A") and tensor.dim() == 3 and len(tensor) == 1:
+                state[name] = tensor[0]
+        load_adapter_state(model, state, str(file))
+
+    def export_peft(self, model: nn.Module, task: int | str, folder: Path | str) -> None:
+        """Write one task as a plain LoRA that PEFT and vLLM read: A as it is, B := B_t Lambda_t, same rank and scale; exact.
+
+        Lambda_t goes to B and not to A, since so the blocks of a fused projection need no more rank, and all tasks share one A.
+        """
+        chosen = _holder(model).index(task)
+        if chosen < 0:
+            raise UserError(f"adapter.task: {task} means no adapter; there is nothing to export")
+        state = {name: tensor for name, tensor in adapter_state(model).items() if ".lora_" not in name}
+        for name, layer in _layers(model):
+            up, down = layer.factors(chosen)
+            state |= {f"{name}.lora_A.weight": down.detach(), f"{name}.lora_B.weight": up.detach()}
+        self.write_lora(model, folder, state, use_dora=False)
+
+    def add_task(self, model: nn.Module, name: str, init_from: str) -> None:
+        """Give the model one more task and freeze all but what is its own: a row of Lambda and of w in each layer.
+
+        init_from: the task to start from, or `mean` of all. The other tasks' outputs do not change by a bit, then or by training: the new
+        rows are parameters of their own, so that no optimizer touches the old. `save` writes all rows together.
+        Raises UserError for a name that is taken or a task that is not there.
+        """
+        holder = _holder(model)
+        if name in holder.names or name == "mean":
+            raise UserError(f"adapter.tasks: {name!r} is taken; the tasks are {', '.join(holder.names)}")
+        source = None if init_from == "mean" else holder.index(init_from)
+        model.requires_grad_(False)
+        for _, layer in _layers(model):
+            layer.add_row(source)
+        holder.names = (*holder.names, name)
+        self.tasks = holder.names
+
+
+def _layers(model: nn.Module) -> list[tuple[str, MTLLoRALayer]]:
+    return [(name, layer) for name, layer in adapter_layers(model) if isinstance(layer, MTLLoRALayer)]
+
+
+def _holder(model: nn.Module) -> TaskIds:
+    holder = task_ids(model)
+    if holder is None:
+        raise UserError("adapter: the model has none; apply it first")
+    return holder

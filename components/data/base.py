@@ -33,6 +33,7 @@ class CorpusData:
     eval_lengths: Sequence[int] = ()  # further lengths of rows that the held-out text is measured in
     whole_documents = False  # pack whole documents into rows instead of cutting running text
     packed = True  # several of those documents in a row
+    task_names: tuple[str, ...] = ()  # of data with tasks: one a corpus, in their order; ids of batches are places in it
     source = ""  # what the summary calls the data
     stream_type: type[PackedStream] = PackedStream
 
@@ -75,6 +76,9 @@ class CorpusData:
             self._tokenizer = tokenizer or self._make_tokenizer(folder, corpora, digest(*prints))
             for split in SPLITS:
                 made = [self._token_file(folder, corpus, mark, split) for corpus, mark in zip(corpora, prints, strict=True)]
+                for task, file in enumerate(made if self.task_names else ()):
+                    if file is not None:
+                        file.task = task
                 self._files[split] = [file for file in made if file is not None]
             self._baselines = self._make_baselines(folder, corpora, digest(*prints))
         if not self._files["val"]:
@@ -93,7 +97,7 @@ class CorpusData:
             self._drawn,
             self.tokenizer.eot_id,
             seed,
-            weights=self._weights,
+            weights=self._stream_weights(),
             accumulate=accumulate,
             rank=rank,
             world_size=world_size,
@@ -101,6 +105,10 @@ class CorpusData:
             document_mask=self.document_mask,
             window_mix=self.window_mix,
         )
+
+    def _stream_weights(self) -> list[float] | None:
+        """How often rows of each corpus are drawn relative to the others; None: each row once an epoch."""
+        return self._weights
 
     def _train_rows(self) -> list[Rows]:
         if self._rows is not None:
@@ -131,9 +139,11 @@ class CorpusData:
         """Return the held-out batches: every held-out label exactly once."""
         return self._held_out_batches(self.seq_len, self.batch_size)
 
-    def _held_out_batches(self, seq_len: int, rows: int, multiple_of: int | None = None) -> HeldOutBatches:
-        eot = self.tokenizer.eot_id
-        return HeldOutBatches(self._files["val"], seq_len, rows, eot, self.whole_documents, self.document_mask, multiple_of)
+    def _held_out_batches(
+        self, seq_len: int, rows: int, multiple_of: int | None = None, files: Sequence[TokenFile] | None = None
+    ) -> HeldOutBatches:
+        files, eot = self._files["val"] if files is None else files, self.tokenizer.eot_id
+        return HeldOutBatches(files, seq_len, rows, eot, self.whole_documents, self.document_mask, multiple_of)
 
     def evaluations(self) -> dict[str, Iterable[Batch]]:
         """Return the held-out text in rows of each of `eval_lengths`, by name: the same tokens, as many as fill rows of the longest one.

@@ -1,4 +1,4 @@
-"""Files to records: plain text, jsonl and parquet (each also gzipped, parquet excepted), and data sets of the `datasets` hub.
+"""Files to records: plain text, jsonl, json and parquet (each also gzipped, parquet excepted), and data sets of the `datasets` hub.
 
 A record is a `str` (a whole text file) or a `dict` (a row of a table). Every way a file can be bad is one UserError naming file and place.
 """
@@ -49,21 +49,24 @@ def suffix_of(path: Path) -> str:
     return (path.with_suffix("") if path.suffix == ".gz" else path).suffix.lower()
 
 
-def is_table(path: Path) -> bool:
-    """Say whether each row of the file is a document of its own."""
-    return suffix_of(path) in (".jsonl", ".parquet")
+def is_table(path: Path, column: str | None) -> bool:
+    """Say whether each row of the file is a document of its own: of .json only where whole rows are read, else it is a text."""
+    return suffix_of(path) in (".jsonl", ".parquet") or (column is None and suffix_of(path) == ".json")
 
 
 def read_records(path: Path, errors: Errors = "strict", column: str | None = None) -> Iterator[tuple[str, str | dict[str, Any]]]:
     """Yield (place, record) for each record: place is "" for a whole text file, else "line 12" or "row 12" (from 1).
 
-    `column` lets parquet read that column only. Raises UserError on anything that cannot be read.
+    `column` lets parquet read that column only, and makes a .json file a text; without it that must be a list of rows.
+    Raises UserError on anything that cannot be read.
     """
     suffix = suffix_of(path)
     if suffix == ".parquet":
         yield from _read_parquet(path, column)
     elif suffix == ".jsonl":
         yield from _read_jsonl(path, errors)
+    elif is_table(path, column):
+        yield from _read_json(path, errors)
     else:
         yield "", decode(path, read_bytes(path), errors)
 
@@ -130,6 +133,19 @@ def _read_jsonl(path: Path, errors: Errors) -> Iterator[tuple[str, dict[str, Any
         raise UserError(f"{path}: damaged gzip file ({error}); fetch it again") from None
     except OSError as error:
         raise unreadable(path, error) from None
+
+
+def _read_json(path: Path, errors: Errors) -> Iterator[tuple[str, dict[str, Any]]]:
+    try:
+        records = json.loads(decode(path, read_bytes(path), errors))
+    except ValueError as error:
+        raise UserError(f"{path}: not valid JSON ({error}); is the file complete?") from None
+    if not isinstance(records, list):
+        raise UserError(f'{path}: holds a {type(records).__name__}, not a list of rows [{{"field": ...}}, ...]')
+    for number, record in enumerate(records, 1):
+        if not isinstance(record, dict):
+            raise UserError(f"{path}: row {number} is a {type(record).__name__}, not an object with fields")
+        yield f"row {number}", record
 
 
 def _read_parquet(path: Path, column: str | None) -> Iterator[tuple[str, dict[str, Any]]]:

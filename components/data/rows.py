@@ -117,12 +117,14 @@ def pack(pieces: list[Span], openers: list[Span], size: int) -> list[list[Span]]
 def make_batch(rows: list[tuple[TokenFile, list[Span]]], seq_len: int, eot_id: int, document_mask: bool = True) -> Batch:
     """Read rows into a Batch of (B, seq_len); what a row leaves empty is a last segment of E inputs with IGNORE labels.
 
-    document_mask: False leaves segments and positions out, so that a row is one text whatever documents it holds.
+    document_mask: False leaves segments and positions out, so that a row is one text whatever documents it holds. Where the files have
+    tasks, `task_ids` (B, seq_len) says each token's; what a row leaves empty has id 0.
     """
     shape = (len(rows), seq_len)
     inputs = np.full(shape, eot_id, np.int64)
     labels = np.full(shape, IGNORE, np.int64)
     used = np.zeros((len(rows), 1), np.int64)
+    tasks = np.zeros(shape, np.int64) if any(file.task is not None for file, _ in rows) else None
     for i, (file, spans) in enumerate(rows):
         at = 0
         for start, length in spans:
@@ -133,8 +135,11 @@ def make_batch(rows: list[tuple[TokenFile, list[Span]]], seq_len: int, eot_id: i
             labels[i, at : at + length] = follows
             at += length
         used[i] = at
+        if tasks is not None:
+            tasks[i, :at] = file.task or 0
+    task_ids = None if tasks is None else torch.from_numpy(tasks)
     if not document_mask:
-        return Batch(input_ids=torch.from_numpy(inputs), labels=torch.from_numpy(labels))
+        return Batch(input_ids=torch.from_numpy(inputs), labels=torch.from_numpy(labels), task_ids=task_ids)
     column = np.arange(seq_len)
     opens = (inputs == eot_id) & (column <= used)  # the first padding token opens the padding's segment, the others do not
     opens[:, 0] = False
@@ -145,4 +150,5 @@ def make_batch(rows: list[tuple[TokenFile, list[Span]]], seq_len: int, eot_id: i
         labels=torch.from_numpy(labels),
         segment_ids=torch.from_numpy(segments.astype(np.int32)),
         position_ids=torch.from_numpy(column - begin),
+        task_ids=task_ids,
     )

@@ -112,7 +112,7 @@ class FileSet:
         """(name, path) or (name, data set) of what is left to this set; equal names of different files are numbered."""
         left = dict(self._named)
         if self._held_out is not None:
-            self._take_out(left, set(self._held_out._named), "is held out by data.val_path, not trained on")
+            self._take_out(left, set(self._held_out._named), f"is held out by {self._held_out.key}, not trained on")
         for other in self._earlier:
             shared = {what for what, (_, file) in left.items() if what in other._named and self._reads_alike(other, file)}
             if shared and self.entry.weight is not None:
@@ -141,7 +141,7 @@ class FileSet:
 
     def _reads_alike(self, other: FileSet, file: Path | Any) -> bool:
         """Say whether both sets read the same text from a file that both have: two columns of a table are different text."""
-        return self._column == other._column or (isinstance(file, Path) and not is_table(file))
+        return self._column == other._column or (isinstance(file, Path) and not is_table(file, self._column))
 
     def fingerprint(self) -> str:
         """16 hex digits of the names and contents (of sizes and times of change above 256 MiB)."""
@@ -166,7 +166,7 @@ class FileSet:
         for name, path in self._files:
             if isinstance(path, Path):
                 for i, (place, record) in enumerate(read_records(path, self._errors, self._column)):
-                    yield (f"{name}#{i}" if is_table(path) else name), str(path), place, record
+                    yield (f"{name}#{i}" if is_table(path, self._column) else name), str(path), place, record
             else:
                 for i, record in enumerate(path):
                     yield f"{name}#{i}", name, f"row {i + 1}", record
@@ -258,7 +258,8 @@ class FileCorpus:
             return None
         if len(keys) < 2:
             raise UserError(
-                f"{self._files.key}: {self.name}: one document cannot be split; give more, or name held-out data with data.val_path"
+                f"{self._files.key}: {self.name}: one document cannot be split; give more, or name held-out data with "
+                f"{self._files.key.removesuffix('path')}val_path"
             )
         return held_out_keys(keys, self._fraction)
 

@@ -36,18 +36,21 @@ _CUT = re.compile(r"(?<=\S)(?=\n)")  # SPLIT_PATTERN starts a new word here anyw
 
 
 class TokenFile:
-    """A token file opened for reading. Pickles as its path, so that data workers map it themselves."""
+    """A token file opened for reading. Pickles as its path, so that data workers map it themselves.
 
-    def __init__(self, folder: Path, name: str) -> None:
-        self.folder, self.name = Path(folder), name
+    task: id of the task that its text belongs to, in data with tasks; it is no part of the file, since another run may number it otherwise.
+    """
+
+    def __init__(self, folder: Path, name: str, task: int | None = None) -> None:
+        self.folder, self.name, self.task = Path(folder), name, task
         self.meta: dict[str, Any] = json.loads((self.folder / f"{name}.json").read_text())
         self.tokens: np.ndarray = np.memmap(self.folder / f"{name}.bin", dtype=self.meta["dtype"], mode="r")  # (N,)
         self.documents: np.ndarray = np.load(self.folder / f"{name}.docs.npy", mmap_mode="r")  # (documents + 1,) int64, position of each E
         masked = f"{name}.mask.bin" in self.meta["files"]
         self.mask: np.ndarray | None = np.memmap(self.folder / f"{name}.mask.bin", dtype=np.uint8, mode="r") if masked else None  # (N,)
 
-    def __reduce__(self) -> tuple[type[TokenFile], tuple[Path, str]]:
-        return TokenFile, (self.folder, self.name)
+    def __reduce__(self) -> tuple[type[TokenFile], tuple[Path, str, int | None]]:
+        return TokenFile, (self.folder, self.name, self.task)
 
     @property
     def fingerprint(self) -> str:

@@ -6,7 +6,7 @@ answer is scored (`score`); one that measures likelihoods alone writes its own `
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from itertools import groupby
 from typing import Any, Protocol
@@ -24,7 +24,8 @@ class Exam:
     a user says, as the run's training texts have them. text(least, most, key): ids of its held-out text in reading order, then of its
     training text; key: of the configuration, to name where there are fewer than `least`. complete(prompts, max_new_tokens): (index,
     completion) as they are finished, decoded as the user chose. another(path): the same exam, text included, for another run, as it was
-    trained; None is the run that this one started from. progress(done, total, what): how many of all tokens are read.
+    trained; None is the run that this one started from. progress(done, total, what): how many of all tokens are read. questions(): (prompt
+    as in training, right answer) of what each task of the data holds out, by task; choose(task): which task is asked next.
     """
 
     engine: Engine
@@ -36,6 +37,8 @@ class Exam:
     complete: Callable[[list[list[int]], int], Iterator[tuple[int, Completion]]]
     another: Callable[[str | None], Exam]
     progress: Callable[[int, int, str], None]
+    questions: Callable[[], Mapping[str, Iterable[tuple[str, str]]]] = dict
+    choose: Callable[[str], None] = lambda task: None
 
     def check_length(self, key: str, length: int) -> None:
         """Raise UserError, naming `key`, for a length beyond the limit."""
@@ -89,9 +92,13 @@ class Item:
 
 
 class Questions:
-    """Base of evaluations that ask and compare the answer. Measures: score, and answer_loss: nats a token of the right answer."""
+    """Base of evaluations that ask and compare the answer. Measures: score, and answer_loss: nats a token of the right answer.
+
+    by_task: an item's task is one of the run's data, and is chosen before it is asked.
+    """
 
     name = ""
+    by_task = False
 
     def items(self, exam: Exam) -> list[Item]:
         """Everything that is asked."""
@@ -108,9 +115,11 @@ class Questions:
         """Shorter questions come first; neighbours of one length and as long an answer are answered together."""
         items = sorted(self.items(exam), key=lambda item: item.length or 0)
         total, done = sum(item.tokens + item.tokens * bool(item.answer) for item in items), 0
-        for (length, tokens), group in groupby(items, key=lambda item: (item.length, item.max_new_tokens)):
+        for (length, tokens, task), group in groupby(items, key=lambda i: (i.length, i.max_new_tokens, i.task if self.by_task else "")):
             some, losses = list(group), []
-            what = "questions" if length is None else f"questions at {length:,} tokens"
+            what = f"questions of {task}" if task else "questions" if length is None else f"questions at {length:,} tokens"
+            if task:
+                exam.choose(task)
             for part in portions(some):
                 losses += answer_losses(exam, part)
                 done += sum(item.tokens for item in part if item.answer)

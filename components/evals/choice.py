@@ -1,0 +1,105 @@
+"""`eval=choice`: multiple-choice questions of several tasks, asked with the prompt of their training and answered in words.
+
+The families of labels, and the two ways to read an answer, are those of the commonsense benchmark of LLM-Adapters (Hu et al. 2023,
+arXiv 2304.01933): their public code, and that of MTL-LoRA (arXiv 2410.09437) for `lenient`.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Sequence
+from itertools import islice
+
+from components.contracts import Completion, UserError
+from components.data.errors import at_least, choice
+from components.evals.base import Exam, Item, Questions, Row
+
+FAMILIES = ("true|false", "solution1|solution2", "|".join(f"answer{i}" for i in range(1, 6)), "|".join(f"ending{i}" for i in range(1, 5)),
+            "option1|option2")  # fmt: skip
+NUMBERED = FAMILIES[2]
+MATCHERS = ("strict", "lenient")
+
+
+def family_of(label: str) -> str | None:
+    """The labels that an answer may name, as a regex, where `label` is one of them.
+
+    >>> family_of("option2")
+    'option1|option2'
+    """
+    return next((family for family in FAMILIES if re.fullmatch(family, label)), None)
+
+
+def label_of(answer: str) -> str | None:
+    """The label that a right answer is, or else names first; None for neither.
+
+    >>> label_of("the correct answer is answer3"), label_of("false"), label_of("Oslo")
+    ('answer3', 'false', None)
+    """
+    found = re.search("|".join(FAMILIES), answer)
+    return found[0] if found else None
+
+
+def picked(text: str, family: str, matcher: str) -> str:
+    """The first label of the family in a text, '' for none. lenient: of answer1 to answer5 its number will do.
+
+    >>> picked("I say answer2, not answer1", NUMBERED, "strict"), picked("it is 4", NUMBERED, "lenient")
+    ('answer2', '4')
+    """
+    found = re.search(family, text)
+    if found is None and matcher == "lenient" and family == NUMBERED:
+        found = re.search("[1-5]", text)
+    return found[0] if found else ""
+
+
+class Choice(Questions):
+    """Every task's held-out questions of a run on data=multitask, each task under its own id where the run's adapter has tasks.
+
+    Args:
+        matcher: strict, the first label in the answer must be the right one; lenient, the number of an answerN alone will do.
+        items: the first so many questions of a task; None: all.
+        max_new_tokens: for an answer.
+
+    Measure: score, 1 or 0, so that its means are accuracies, of each task and of all tasks in equal parts. Summary: TASK/unparsable and
+    unparsable, how many answers name no label: they count as wrong.
+    Raises UserError for a value that is not allowed, data that have no questions, and a right answer that is no label.
+    """
+
+    name = "choice"
+    by_task = True
+
+    def __init__(self, matcher: str, items: int | None, max_new_tokens: int) -> None:
+        self.matcher = choice("eval.matcher", matcher, MATCHERS)
+        self.most = None if items is None else at_least("eval.items", items, 1)
+        self.max_new_tokens = at_least("eval.max_new_tokens", max_new_tokens, 1)
+
+    def items(self, exam: Exam) -> list[Item]:
+        """The questions in the order of the tasks and of their files."""
+        found = []
+        for task, questions in exam.questions().items():
+            for prompt, answer in islice(questions, self.most):
+                if (label := label_of(answer)) is None:
+                    raise UserError(
+                        f"eval: choice cannot ask task {task}, where a right answer is {answer!r:.60}; labels are true, false, solutionN, "
+                        "answerN, endingN or optionN"
+                    )
+                ids = (exam.tokenizer.eot_id, *exam.tokenizer.encode(prompt))
+                found.append(Item(task, ids, prompt[-200:], (label,), self.max_new_tokens))
+        exam.check_length("eval.max_new_tokens", max((item.tokens for item in found), default=0))
+        return found
+
+    def score(self, item: Item, text: str) -> float:
+        label = item.expected[0]
+        found = picked(text, family_of(label) or "", self.matcher)
+        return float(found == label or (self.matcher == "lenient" and found != "" and found in label))
+
+    def _row(self, item: Item, completion: Completion, losses: list[float]) -> Row:
+        row = super()._row(item, completion, losses)
+        row.record["picked"] = picked(completion.text, family_of(item.expected[0]) or "", self.matcher)
+        return row
+
+    def summary(self, rows: Sequence[Row]) -> tuple[dict[str, float], str]:
+        missed = {task: sum(row.task == task and not row.record["picked"] for row in rows) for task in dict.fromkeys(r.task for r in rows)}
+        total = sum(missed.values())
+        figures = {**{f"{task}/unparsable": float(count) for task, count in missed.items()}, "unparsable": float(total)}
+        each = f" ({', '.join(f'{task} {count}' for task, count in missed.items() if count)})" if total else ""
+        return figures, f"matcher {self.matcher}; {total} of {len(rows)} answers name no label{each}"

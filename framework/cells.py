@@ -112,6 +112,18 @@ def covering_cells() -> list[Cell]:
     return [{group: names[i % len(names)] for group, names in options.items()} for i in range(max(map(len, options.values())))]
 
 
+def pair_cells() -> list[Cell]:
+    """Some of `cross_cells` in which every two options of different groups meet: each next one is the first that brings most new pairs."""
+    cells = cross_cells()
+    pairs = [set(itertools.combinations(sorted(cell.items()), 2)) for cell in cells]
+    missing, chosen = set().union(*pairs), []
+    while missing:
+        best = max(range(len(cells)), key=lambda i: len(pairs[i] & missing))
+        chosen.append(cells[best])
+        missing -= pairs[best]
+    return chosen
+
+
 def single_cells(config_name: str) -> list[Cell]:
     """Every option of the other groups of a command, alone against the defaults."""
     cells = []

@@ -77,6 +77,7 @@ def trial(
     ids = (torch.arange(rows * (seq_len + 1)).view(rows, -1) * 7919) % vocab_size
     batch = Batch(input_ids=ids[:, :-1], labels=ids[:, 1:].contiguous(), segment_ids=torch.zeros(rows, seq_len, dtype=torch.int32))
     batch.position_ids = torch.arange(seq_len).expand(rows, seq_len)
+    batch.task_ids = torch.zeros(rows, dtype=torch.int64)  # for an adapter with tasks; others do not ask
     dtype = compute_dtype(precision)
     kept = {p: p.detach().clone() for p in model.parameters() if p.requires_grad} if optimizer is not None else {}
     for _ in range(2):

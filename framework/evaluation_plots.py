@@ -9,6 +9,8 @@ from typing import Any
 
 from framework.plots import BASELINE, INK, VAL, canvas, save
 
+UNITLESS = ("cosine", "weight")  # endings of measures that are plain numbers
+
 
 def heat_map(
     panels: Mapping[str, Sequence[Sequence[float | None]]], down: Sequence[str], across: Sequence[str], labels: tuple[str, str], path: Path,
@@ -66,4 +68,5 @@ def length_curve(values: Mapping[int, float], measure: str, trained_length: int,
 
 def unit(measure: str) -> str:
     """A measure in a reader's words, with its unit."""
-    return "score, %" if measure == "score" else f"{measure.replace('_', ' ')}, nats a token"
+    words = measure.replace("_", " ")
+    return "score, %" if measure == "score" else words if measure.endswith(UNITLESS) else f"{words}, nats a token"

@@ -40,7 +40,8 @@ def layout_named(name: str, key: str) -> Any:
 class Export:
     """Option task=export: write the run as a folder that transformers or vLLM reads, or in the layout of another project.
 
-    The run's adapter is merged into its weights; `rope` and `rope.switch` of generate.yaml hold for what is written.
+    The run's adapter, that of `adapter.task` where there are several, is merged into its weights; `rope` and `rope.switch` of generate.yaml
+    hold for what is written.
 
     Args:
         to: folder to write, new or empty; None: `export` in the output folder.
@@ -59,7 +60,7 @@ class Export:
         """Write it, say where it is and what to do with it."""
         to = Path(self.to) if self.to is not None else context.out_dir / "export"
         layout = layout_for(context.run, self.format, self.engine, "task.format")
-        done = export(context.run, to, layout, self.engine, self.shard_bytes, "task.to")
+        done = export(context.run, to, layout, self.engine, self.shard_bytes, "task.to", context.task)
         for line in done.notes:
             print(line, file=sys.stderr)
         size = sum(file.stat().st_size for file in to.iterdir())
@@ -102,8 +103,10 @@ def layout_for(run: Run, name: str | None, engine: str, key: str) -> Any:
     raise UserError(f"task.engine: {engine} has no class for a {kind}{ways}")
 
 
-def export(run: Run, to: Path, layout: Any, engine: str, shard_bytes: int | None, key: str) -> Exported:
-    """Write the folder `to`. The run's adapter is merged into its weights. key: names `to` in messages.
+def export(
+    run: Run, to: Path, layout: Any, engine: str, shard_bytes: int | None, key: str, task: str | int | None = None
+) -> Exported:  # fmt: skip
+    """Write the folder `to`. The run's adapter, for `task`, is merged into its weights. key: names `to` in messages.
 
     Raises:
         UserError: the layout, or `engine` reading it, cannot express the model; `to` is not empty or cannot be made.
@@ -116,7 +119,7 @@ def export(run: Run, to: Path, layout: Any, engine: str, shard_bytes: int | None
     spec = getattr(run.model, "rope_spec", None)
     if spec is not None and not spec.plain and layout.rope is None:
         raise UserError(f"rope: layout {layout.name} has no place for the RoPE rule {spec.rule!r} of {run.path}; take rope=none")
-    model = without_adapter(run).cpu().eval()
+    model = without_adapter(run, task).cpu().eval()
     further = [i for i in run.tokenizer.stop_ids if i != run.tokenizer.eot_id]
     extras = {} if layout.rope is None else {"rope": spec, "stops": further, "engine": engine}
     talks = hasattr(locate(run.cfg.data._target_, (*ALLOWED, *run.cfg.allow_targets)), "chat_template")

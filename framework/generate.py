@@ -17,7 +17,7 @@ from omegaconf import DictConfig, OmegaConf
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
-from components.adapters.base import merge
+from components.adapters.base import merge, task_ids
 from components.contracts import Completion, Diagnostics, Engine, SamplingParams, UserError
 from components.decoding.sampling import check_params
 from framework.build import ConfigErrors, Run, build, build_data, load_run
@@ -27,12 +27,16 @@ from framework.runtime import prepare_process
 from framework.signatures import ALLOWED, describe, fits, locate
 
 ASKS = {"prompt": None, "prompts": None, "output": None, "n": 1}  # keys of some tasks, and what they are when nothing is asked
-KEYS: dict[str, Any] = {"max_new_tokens": int, "device": str, "adapter": dict[str, bool]}
+KEYS: dict[str, Any] = {"max_new_tokens": int, "device": str, "adapter": dict[str, Any]}
+ADAPTER_KEYS: dict[str, Any] = {"task": str | int | None, "merge": bool}
 
 
 @dataclass
 class Context:
-    """What a task of generate.py works with. params: how to decode; out_dir: where files go; another: the same with another run."""
+    """What a task of generate.py works with.
+
+    params: how to decode; out_dir: where files go; another: the same with another run; task: of the adapter, None where none was named.
+    """
 
     run: Run
     engine: Engine
@@ -40,6 +44,7 @@ class Context:
     out_dir: Path
     cache_dir: Path
     another: Callable[[str], Context]
+    task: str | int | None = None
 
 
 @dataclass
@@ -67,21 +72,42 @@ def generate(config: DictConfig, out_dir: Path) -> dict[str, float]:
     run = load_run(path, {"rope": config.rope if another_rule else None})
     if not another_rule and config.rope.switch is not None:
         switch_rope(run.model, config.rope.switch)
-    if config.adapter.merge and not merge(cast(torch.nn.Module, run.model))["modules"]:
+    choose_task(run, config.adapter.task, getattr(task, "asks_every_task", False))
+    if config.adapter.merge and not merge(cast(torch.nn.Module, run.model), config.adapter.task)["modules"]:
         raise UserError(f"adapter.merge: true, but {run.path} was trained without an adapter; drop the override")
     cast(torch.nn.Module, run.model).to(device(config.device))
     engine = build(config.engine, run.model, run.tokenizer)
 
     def another(path: str) -> Context:
         other = load_run(resolve_checkpoint(path, Path(config.paths.root), Path(config.paths.cache_dir)))
+        if len(task_ids(other.model) or ()) > 1:
+            choose_task(other, config.adapter.task, False)
         cast(torch.nn.Module, other.model).to(device(config.device))
         return dataclasses.replace(context, run=other, engine=build(config.engine, other.model, other.tokenizer))
 
-    context = Context(run, engine, params, out_dir, Path(config.paths.cache_dir), another)
+    context = Context(run, engine, params, out_dir, Path(config.paths.cache_dir), another, config.adapter.task)
     metrics = task.run(context)
     out_dir.mkdir(parents=True, exist_ok=True)
     (out_dir / "metrics.json").write_text(json.dumps({**metrics, "seed": config.seed}, indent=2) + "\n")
     return metrics
+
+
+def choose_task(run: Run, task: str | int | None, asks_every_task: bool) -> None:
+    """Let the task `adapter.task` of the run's adapter speak; asks_every_task: what is run chooses by itself.
+
+    Raises:
+        UserError: a task that the adapter does not have, or none named where there are several.
+    """
+    holder = task_ids(run.model)
+    names = holder.names if holder is not None else ()
+    if task is not None:
+        if holder is None or not names:
+            raise UserError(f"adapter.task: {task!r}, but {run.path} was trained without an adapter that has tasks; drop the override")
+        holder.set(holder.index(task))
+    elif len(names) > 1 and not asks_every_task:
+        raise UserError(
+            f"adapter.task: null, and the adapter of {run.path} has {len(names)} tasks; say which: adapter.task={' | '.join(names)}"
+        )
 
 
 def switch_rope(model: Any, switch: str) -> None:
@@ -96,8 +122,10 @@ def check_keys(config: DictConfig) -> None:
     """Check the keys that belong to no class; all problems at once."""
     values = cast(dict[str, Any], OmegaConf.to_container(config, resolve=True))
     lines = [f"{key}: {values[key]!r} is not {describe(hint)}" for key, hint in KEYS.items() if not fits(values[key], hint)]
-    if not lines and (set(values["adapter"]) != {"merge"} or not isinstance(values["adapter"]["merge"], bool)):
-        lines.append(f"adapter: {values['adapter']!r}; its only key is merge, true or false")
+    if not lines:
+        own, hints = values["adapter"], ADAPTER_KEYS
+        lines += [f"adapter.{key}: unknown key; its keys are {' and '.join(hints)}" for key in own if key not in hints]
+        lines += [f"adapter.{key}: {own[key]!r} is not {describe(hints[key])}" for key in hints if not fits(own.get(key), hints[key])]
     if values["eval"] is not None and "evaluation" not in values["task"]:
         lines.append("eval: this task measures nothing; add task=evaluate, or drop eval")
     unheard = [key for key, nothing in ASKS.items() if values[key] != nothing and key not in values["task"]]
@@ -169,7 +197,7 @@ class Answer:
                 sys.stdout.flush()
             sys.stdout.write("\n")
         metrics = measures(tokens_of(context.engine) - before, time.perf_counter() - started, self.n)
-        notes.print(summary(metrics, context.run), style="dim", markup=False)
+        notes.print(summary(metrics, context), style="dim", markup=False)
         return metrics
 
     def _into_file(self, requests: list[Request], context: Context) -> dict[str, float]:
@@ -194,7 +222,7 @@ class Answer:
                 bar.update(job, advance=1, rate=f"{tokens / seconds:.0f} tokens/s")
         metrics = measures(tokens, time.perf_counter() - started, len(prompts))
         notes.print(f"{len(prompts)} answers in {path}", markup=False)
-        notes.print(summary(metrics, context.run), style="dim", markup=False)
+        notes.print(summary(metrics, context), style="dim", markup=False)
         return metrics
 
 
@@ -261,7 +289,9 @@ def default_prompt(context: Context, render: Renderer) -> tuple[list[int], str]:
     try:
         data = build_data(run.cfg)
         data.prepare(context.cache_dir, run.tokenizer)
-        return held_out_prompt(data), "the beginning of its held-out text"
+        holder = task_ids(run.model)
+        name = holder.names[holder.index(context.task)] if holder is not None and context.task is not None else None
+        return held_out_prompt(data, name), "the beginning of its held-out text"
     except UserError as error:
         return [run.tokenizer.eot_id], f"nothing but a document start, since the run's data cannot be read ({error})"
 
@@ -328,9 +358,11 @@ def measures(tokens: float, seconds: float, answers: int) -> dict[str, float]:
     return {"answers": float(answers), "tokens": tokens, "seconds": seconds, "perf/tokens_per_second": tokens / max(seconds, 1e-9)}
 
 
-def summary(metrics: dict[str, float], run: Run) -> str:
+def summary(metrics: dict[str, float], context: Context) -> str:
     """The last line of a generation: how fast, from what, and what to try next."""
+    run, task = context.run, "" if context.task is None else f" adapter.task={context.task}"
     speed = f"{metrics['tokens']:.0f} tokens in {metrics['seconds']:.1f} s ({metrics['perf/tokens_per_second']:.0f} tokens/s)"
     return (
-        f"{speed} from {run.path}, step {run.step}. Next: python generate.py ckpt={run.path} prompt='...', or prompts=FILE.jsonl for many"
+        f"{speed} from {run.path}, step {run.step}. Next: python generate.py ckpt={run.path}{task} prompt='...', or prompts=FILE.jsonl for "
+        "many"
     )

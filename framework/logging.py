@@ -88,6 +88,9 @@ class RunLogger(Logger):
     def start(self, run_dir: Path, info: Mapping[str, Any]) -> None:
         """Called once before the first row. info: keys of `framework.train.run_info`."""
 
+    def log_images(self, images: Mapping[str, Path]) -> None:
+        """Show pictures, PNG files by name, beside the last row; a logger that has no place for them leaves them."""
+
     def close(self, exit_code: int, summary: Mapping[str, float]) -> list[str]:
         """Called once at the end, also after a failure. Returns lines for the user."""
         return []

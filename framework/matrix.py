@@ -72,9 +72,13 @@ class Bench:
         """The command line of a cell, with the file that its data option may ask for."""
         whole = {**self.small, **cell}
         option = yaml.safe_load((overrides.CONF / "data" / f"{whole['data']}.yaml").read_text())
-        whole |= {f"data.{key}": str(self.text) for key, value in option.items() if value == "???"}
+        whole |= {f"data.{key}": self._asked(key) for key, value in option.items() if value == "???"}
         whole |= {f"data.{key}": value for key, value in FEWER.items() if key in option}
         return [f"{key}={value}" for key, value in whole.items()]
+
+    def _asked(self, key: str) -> str:
+        """What a data option gets that asks for files: the text, or two tasks of it."""
+        return f"{{one: {{path: {self.text}}}, two: {{path: {self.text}}}}}" if key == "tasks" else str(self.text)
 
     def run_words(self, cell: Cell) -> list[str]:
         """As `words`, for a whole run: a checkpoint at its end, rows that hold any probe."""

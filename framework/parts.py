@@ -8,7 +8,7 @@ from typing import Any
 
 from omegaconf import DictConfig, OmegaConf
 
-from components.adapters.base import merge, unwrap
+from components.adapters.base import adapter_layers, merge, task_ids, unwrap
 from components.contracts import Data, Tokenizer, UserError
 from components.data.tokenizers import Tokenizer as SavedTokenizer
 from framework import build, runtime
@@ -53,10 +53,21 @@ def build_parts(config: DictConfig, run_dir: Path, resuming: bool) -> Parts:
     return Parts(data, data.tokenizer, model, file, checkpoint_step(file) if file is not None else 0, data_state)
 
 
-def without_adapter(run: build.Run) -> Any:
-    """The run's model as plain weights: what an adapter learned is added to them."""
-    if merge(run.model)["modules"]:
+def without_adapter(run: build.Run, task: str | int | None = None) -> Any:
+    """The run's model as plain weights: what an adapter learned, for `task` where there are several, is added to them.
+
+    Raises:
+        UserError: the adapter has several tasks and none was named, or it cannot be merged.
+    """
+    holder = task_ids(run.model)
+    if task is None and holder is not None and len(holder) > 1:
+        raise UserError(
+            f"ckpt: {run.path} has an adapter with {len(holder)} tasks ({', '.join(holder.names)}), each with weights of its own; write "
+            f"those of one by python generate.py task=export adapter.task=NAME ckpt={run.path}, and start from that folder"
+        )
+    if merge(run.model, task)["modules"]:
         say(f"ckpt: the adapter of {run.path} was merged into its weights")
+    if any(True for _ in adapter_layers(run.model)):
         unwrap(run.model)
     return run.model
 

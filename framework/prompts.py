@@ -34,9 +34,13 @@ class Renderer:
             raise UserError(f"{where}: {error}") from error
 
 
-def held_out_prompt(data: Data) -> list[int]:
-    """The beginning of the held-out data; of rows that do not count from their start (conversations, probes), all before what counts."""
-    batch = next(iter(data.val_batches()))
+def held_out_prompt(data: Data, task: str | None = None) -> list[int]:
+    """The beginning of the held-out data; of rows that do not count from their start (conversations, probes), all before what counts.
+
+    task: of data with tasks, whose rows.
+    """
+    batches = data.evaluations().get(task) if task is not None else None
+    batch = next(iter(batches or data.val_batches()))
     counts = batch.labels[0] != IGNORE if batch.labels is not None else torch.ones(1)
     first = int(counts.nonzero()[0]) if counts.any() else 0
     return batch.input_ids[0, : first + 1 if first else DEFAULT_PROMPT_TOKENS].tolist()

@@ -8,12 +8,14 @@ from typing import Any
 
 from omegaconf import OmegaConf
 
+from components.errors import UserError
 from framework.runs import newest_run, read_state, with_inherited
 from framework.sweep import job_folder
 
 HIGHER_IS_BETTER = ("accuracy", "reward", "score", "exact_match", "win_rate", "pass@", "f1", "per_second", "mfu")
 SLUG_PARTS = ("model", "model/variant", "model/size", "rope", "adapter", "optimizer", "data")  # choices that name a run
 UNNAMED = (None, "none", "base")  # options that leave a part as it is
+NO_TASKS = ["all"]  # the one task of data that have none
 
 
 def slug(choices: Any, seed: int) -> str:
@@ -87,7 +89,20 @@ def run_of(folder: str | None, *words: str, _root_: Any) -> str:
     return found(folder or "", words, _root_)
 
 
+def task_names(data: Any) -> list[str]:
+    """Names of a data option's tasks, from its configuration alone: the keys of `tasks`, that list, or what the option calls by a word."""
+    tasks = None if OmegaConf.is_config(data) and OmegaConf.is_missing(data, "tasks") else data.get("tasks")
+    if isinstance(tasks, str):
+        from framework.signatures import locate
+
+        try:
+            tasks = locate(data["_target_"], ("",)).names_of(tasks)
+        except (LookupError, AttributeError, UserError):  # what is wrong with it, the data say themselves
+            tasks = None
+    return [str(name) for name in tasks or NO_TASKS]
+
+
 def register() -> None:
     """Register all resolvers; harmless when called again (multirun, tests)."""
-    for function in (slug, run_dir, run_sub, job_dir, direction, failure_rate, precision, tuned, run_of):
+    for function in (slug, run_dir, run_sub, job_dir, direction, failure_rate, precision, tuned, run_of, task_names):
         OmegaConf.register_new_resolver(function.__name__, function, replace=True)

@@ -7,6 +7,7 @@ import io
 import logging
 import os
 import warnings
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 
 import lightning.pytorch as pl
@@ -15,7 +16,9 @@ from omegaconf import DictConfig, OmegaConf
 from rich.console import Console
 from rich.table import Table
 
-from components.contracts import UserError
+from components.adapters.base import task_ids
+from components.adapters.base.sharing import sharing
+from components.contracts import Batch, UserError
 from components.optim.groups import describe
 from framework import build, distributed, runtime
 from framework.callbacks.checkpoints import Checkpoints, StopOnSignal
@@ -37,6 +40,7 @@ from framework.parts import Parts, build_parts, save_setup, with_head
 from framework.plots import loss_curve
 from framework.procedure import check_procedure, is_procedure, run_procedure
 from framework.runs import write_state
+from framework.task_report import draw, interference, means, sharing_figures
 
 NOISE = ("lightning.pytorch", "lightning.fabric", "lightning")  # loggers that repeat what we say ourselves
 
@@ -204,6 +208,10 @@ class Session:
                 say(line)
         if profile := profile_of(self.trainer):
             say(profile)
+        holder = task_ids(self.parts.model)
+        if holder is not None and len(holder) > 1:
+            say(f"next: python generate.py ckpt={self.run_dir} adapter.task={holder.names[0]} prompt='...'   (or another of the tasks)")
+            return metrics
         say(f"next: python generate.py ckpt={self.run_dir} prompt='...'")
         say(f"or:   python train.py ckpt={self.run_dir} data=text data.path=FILE   (go on from these weights on text of your own)")
         return metrics
@@ -244,6 +252,20 @@ class Session:
                 result = self.task.evaluate(batches)  # type: ignore[operator]
                 found |= {f"eval/{name}/{key}": value for key, value in result.items()}
                 say(f"{name}: " + ", ".join(f"{key} {value:.4f}" for key, value in result.items()))
+            if tasks := list(getattr(self.parts.data, "task_names", ())):
+                found |= self.report_tasks(tasks, found, {name: sets[name] for name in tasks if name in sets})
+        return found
+
+    def report_tasks(self, tasks: list[str], measured: dict[str, float], sets: Mapping[str, Iterable[Batch]]) -> dict[str, float]:
+        """Figures of tasks that were trained together, with their pictures in the run's folder; see framework/task_report.py."""
+        model = self.parts.model
+        conflict, table = interference(model, sets, self.task.device)
+        shared = sharing(model) if len(tasks) > 1 else {}
+        pictures = draw(self.run_dir, tasks, table, shared)
+        if self.service is not None:
+            self.service.log_images({path.stem: path for path in pictures})
+        found = means(measured, tasks) | conflict | sharing_figures(shared)
+        say("over the tasks: " + ", ".join(f"{key.removeprefix('tasks/').replace('_', ' ')} {value:.4f}" for key, value in found.items()))
         return found
 
     def finish(self) -> dict[str, float]:

@@ -9,6 +9,7 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Any, Literal, get_type_hints
 
+from framework.resolvers import task_names
 from framework.signatures import check_targets, describe, fits, locate, nearest
 
 
@@ -184,6 +185,17 @@ def reference_is_named(config: dict[str, Any]) -> Iterator[str]:
         yield "ckpt: null; this task starts from a trained run and is held near it; write ckpt=RUN_DIR, or ckpt=last"
 
 
+def tasks_are_those_of_the_data(config: dict[str, Any]) -> Iterator[str]:
+    """Their order gives the ids, so the lists must be the same."""
+    tasks, names = (config["adapter"] or {}).get("tasks"), task_names(config["data"])
+    if not isinstance(tasks, list) or tasks == names:
+        return
+    if "tasks" not in config["data"]:
+        yield f"adapter.tasks: {', '.join(map(str, tasks))}, but this data option has no tasks; use data=multitask, or drop the override"
+    else:
+        yield f"adapter.tasks: {', '.join(map(str, tasks))}, but those of the data are {', '.join(names)}, in this order; drop the override"
+
+
 def position_uses_rope(config: dict[str, Any]) -> Iterator[str]:
     rule = str((config.get("rope") or {}).get("_target_", ""))
     if config["model"].get("position") == "none" and "factor" in (config.get("rope") or {}):
@@ -227,6 +239,7 @@ RULES: tuple[Callable[[dict[str, Any]], Iterator[str]], ...] = (
     completions_are_marked,
     pairs_are_compared,
     reference_is_named,
+    tasks_are_those_of_the_data,
     position_uses_rope,
     precision_fits,
     accelerator_is_there,

@@ -124,6 +124,13 @@ class WandbLogger(RunLogger):
         if self.run is not None:
             self.run.log(dict(metrics), step=step, commit=True)
 
+    def log_images(self, images: Mapping[str, Path]) -> None:
+        """Show pictures, PNG files by name, beside the last row."""
+        if self.run is not None and images:
+            import wandb
+
+            self.run.log({f"images/{name}": wandb.Image(str(path)) for name, path in images.items()}, commit=True)
+
     def close(self, exit_code: int, summary: Mapping[str, float]) -> list[str]:
         """Finish the run as done (0), or failed; wait for the upload."""
         if self.run is None:

@@ -8,6 +8,7 @@ from contextlib import AbstractContextManager
 
 import lightning.pytorch as pl
 
+from components.adapters.base import task_ids
 from components.contracts import Data, Model, SamplingParams, Tokenizer
 from framework.callbacks.exact_state import rng_state, set_rng_state
 from framework.callbacks.step import StepCallback
@@ -62,12 +63,19 @@ class Samples(StepCallback):
 
 
 def sample_writer(model: Model, tokenizer: Tokenizer, data: Data, prompt: str | None, max_new_tokens: int, seed: int) -> Callable[[], str]:
-    """A function that continues `prompt` (None: the beginning of the held-out text) with the model as it then is."""
+    """A function that continues `prompt` (None: the beginning of the held-out text) with the model as it then is.
+
+    Of an adapter with tasks the first one speaks; the next batch brings its own ids.
+    """
 
     def write() -> str:
         from framework.engines.native import NativeEngine
 
-        ids = held_out_prompt(data) if prompt is None else Renderer(tokenizer, data)(prompt)
+        holder, task = task_ids(model), None  # type: ignore[arg-type]
+        if holder is not None and len(holder):
+            holder.set(0)
+            task = holder.names[0]
+        ids = held_out_prompt(data, task) if prompt is None else Renderer(tokenizer, data)(prompt)
         params = SamplingParams(max_new_tokens=max_new_tokens, temperature=TEMPERATURE, top_p=TOP_P, seed=seed)
         (completion,) = NativeEngine(model, tokenizer).generate([ids], params)
         return f"{tokenizer.decode(ids[1:])}[...]{completion.text}"

@@ -9,7 +9,7 @@ import math
 import sys
 import time
 import warnings
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +17,7 @@ from omegaconf import OmegaConf
 from rich.console import Console
 from rich.table import Table
 
+from components.adapters.base import OFF, task_ids
 from components.contracts import Completion, UserError
 from components.evals.base import Evaluation, Exam, Row
 from framework.build import Run, build_data
@@ -28,6 +29,7 @@ from framework.prompts import Renderer
 
 PROGRESS_SECONDS = 10
 PROBE = "The quick brown fox, 1 of 20"  # what a tokenizer makes of it tells it from others
+OTHER = "?!"  # begins and ends otherwise
 RESULTS = "results.jsonl"
 
 
@@ -45,6 +47,7 @@ class Evaluate:
         if evaluation is None:
             raise UserError(f"eval: none chosen; task=evaluate needs one: eval={' | eval='.join(group_options('eval'))}")
         self.evaluation = evaluation
+        self.asks_every_task = bool(getattr(evaluation, "by_task", False))
 
     def run(self, context: Context) -> dict[str, float]:
         """Measure, write, print; returns the metrics."""
@@ -74,7 +77,9 @@ class Evaluate:
         say(f"{len(rows)} items in {seconds:.0f} s; {RESULTS}, metrics.json{shown} in {context.out_dir}")
         another, *others = [name for name in group_options("eval") if name != self.evaluation.name]
         besides = f"   (or eval={', '.join(others)})" if others else ""
-        say(f"next: python generate.py task=evaluate eval={another} ckpt={context.run.path}{besides}")
+        holder = task_ids(context.run.model)
+        whose = f" adapter.task={context.task or holder.names[0]}" if holder is not None and len(holder) > 1 else ""
+        say(f"next: python generate.py task=evaluate eval={another} ckpt={context.run.path}{whose}{besides}")
         return {**metrics, "items": float(len(rows)), "seconds": seconds}
 
 
@@ -104,8 +109,24 @@ def make_exam(context: Context) -> Exam:
             )
         return dataclasses.replace(other, text=text, progress=exam.progress)
 
-    limit = getattr(engine, "context_length", None)
-    exam = Exam(engine, run.tokenizer, trained_length(run), limit, turn(run_renderer(run), run), text, complete, another, Progress())
+    holder = task_ids(run.model)
+    index = None if context.task is None or holder is None else holder.index(context.task)
+
+    def questions() -> dict[str, Iterable[tuple[str, str]]]:
+        data: Any = build_data(run.cfg)
+        if not hasattr(data, "held_out_questions"):
+            raise UserError(f"eval: {run.path} was trained on data that hold no questions; give a run that was trained on data=multitask")
+        found = data.held_out_questions()
+        return {name: found[name] for i, name in enumerate(found) if index in (None, OFF, i)}
+
+    def choose(task: str) -> None:
+        if holder is not None and len(holder) and index is None:
+            holder.set(task)
+
+    limit, frame = getattr(engine, "context_length", None), turn(run_renderer(run), run)
+    exam = Exam(
+        engine, run.tokenizer, trained_length(run), limit, frame, text, complete, another, Progress(), questions, choose
+    )  # fmt: skip
     return exam
 
 
@@ -124,10 +145,17 @@ def started_from(run: Run) -> str:
 
 
 def turn(render: Renderer, run: Run) -> tuple[list[int], list[int]]:
-    """Ids before and after what a user says: a document's start and nothing, or the marks of a conversation."""
+    """Ids before and after what a user says: a document's start and nothing, the marks of a conversation, or a template."""
     said, ids = run.tokenizer.encode(PROBE), render(PROBE)
-    (place,) = [i for i in range(len(ids)) if ids[i : i + len(said)] == said]
-    return ids[:place], ids[place + len(said) :]
+    places = [i for i in range(len(ids)) if ids[i : i + len(said)] == said]
+    if places:
+        return ids[: places[0]], ids[places[0] + len(said) :]
+    other = render(OTHER)  # a template's words share tokens with what stands in it: what is common to two texts is the template
+    return common_start(ids, other), common_start(ids[::-1], other[::-1])[::-1]
+
+
+def common_start(a: list[int], b: list[int]) -> list[int]:
+    return [x for x, _ in itertools.takewhile(lambda pair: pair[0] == pair[1], zip(a, b, strict=False))]
 
 
 def regimes(run: Run) -> str:

@@ -42,6 +42,8 @@ def test_option_composes_and_passes_every_check(config, group, option):
     overrides = [f"{group}={option}"]
     if group == "data" and option in ("text", "chat"):
         overrides.append("data.path=anything.txt")
+    if (group, option) == ("data", "multitask"):
+        overrides.append("data.tasks={one: {path: anything.json}}")
     if (group, option) in (("data", "preference"), ("task", "dpo")):
         overrides += ["task=dpo", "data=preference"]
     if group == "eval":

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import csv
+import itertools
 import shutil
 
 import pytest
@@ -24,6 +25,7 @@ from framework.cells import (
     label,
     legal_cells,
     mark_twins,
+    pair_cells,
     read_rules,
     single_cells,
     verdict,
@@ -31,6 +33,7 @@ from framework.cells import (
 from framework.trial import Trial, moved_wrongly, resumed_wrongly
 
 LISTED = read_rules()[0]
+PAIRS = pair_cells()
 
 
 @pytest.fixture(scope="module")
@@ -72,11 +75,19 @@ def right(outcome, rules):
     assert not wrong, wrong
 
 
-@pytest.mark.parametrize("cell", ids(cross_cells()))
+def test_every_two_options_meet():
+    met = {pair for cell in PAIRS for pair in itertools.combinations(cell.items(), 2)}
+    wanted = {pair for cell in cross_cells() for pair in itertools.combinations(cell.items(), 2)}
+    assert met == wanted and len(PAIRS) < len(cross_cells()) / 4
+
+
+@pytest.mark.parametrize("cell", [pytest.param(c, id=label(c), marks=() if c in PAIRS else pytest.mark.slow) for c in cross_cells()])
 def test_cell(bench, outcome_of, cell):
+    """Those in which every two options meet; all others among the slow tests."""
     right(outcome_of(cell), bench.rules)
 
 
+@pytest.mark.slow
 def test_no_option_is_without_effect(bench, outcome_of):
     found = [outcome_of(cell) for cell in cross_cells()]
     mark_twins(found, bench.twins)

@@ -37,13 +37,24 @@ def prompts(case):
     return [[256, *torch.randint(256, (length - 1,), generator=draw).tolist()] for length in LENGTHS[case]]
 
 
-def make_run(folder, policy):
-    """A run directory of random weights and factors. policy: of rope.attention_factor.
+def rope_words(kind):
+    """Of a run: `none`, `yarn`, or LongRoPE with random factors under an attention-factor policy (`long_only`, `both`).
 
     transformers' folders say any attention factor, of which vLLM knows LongRoPE's own alone; under names of its own it knows any.
     """
+    if kind == "none":
+        return ["rope=none"]
+    if kind == "yarn":
+        return ["rope=yarn", f"rope.factor={TARGET // SWITCH}"]
     draw = torch.Generator().manual_seed(0)
     long, short = (1 + scale * torch.rand(12, generator=draw, dtype=torch.float64).sort().values for scale in (3, 0.5))
+    value = {"long_only": 1.3, "both": "null"}[kind]
+    words = ["rope=longrope", f"rope.factor={TARGET // SWITCH}", f"rope.factors={long.tolist()}", f"rope.short_factors={short.tolist()}"]
+    return [*words, f"rope.attention_factor={{policy: {kind}, value: {value}}}"]
+
+
+def make_run(folder, kind):
+    """A run directory of random weights. kind: of its RoPE rule, see `rope_words`."""
     words = [
         "model=phi4mini",
         "model/size=tiny",
@@ -53,12 +64,10 @@ def make_run(folder, policy):
         "data.path=none.jsonl",
         "task=sft",
     ]
-    words += ["rope=longrope", f"rope.factor={TARGET // SWITCH}", f"rope.factors={long.tolist()}", f"rope.short_factors={short.tolist()}"]
-    value = {"long_only": 1.3, "both": "null"}[policy]
-    config = build.compose("train", [*words, f"rope.attention_factor={{policy: {policy}, value: {value}}}"])
+    config = build.compose("train", [*words, *rope_words(kind)])
     tokenizer = bytes_tokenizer()
     model = build.build_model(config, tokenizer.vocab_size)
-    draw.manual_seed(1)
+    draw = torch.Generator().manual_seed(1)
     with torch.no_grad():
         for name, parameter in model.named_parameters():
             noise = torch.randn(parameter.shape, generator=draw)
@@ -72,9 +81,10 @@ def make_run(folder, policy):
 
 
 def ours(folder, switch, asked):
-    """Ids and their log-probabilities, of our engine on the run; `switch` is rope.switch."""
+    """Ids and their log-probabilities, of our engine on the run; `switch` is rope.switch, None for a rule of one regime."""
     run = build.load_run(folder)
-    run.model.set_rope(run.model.rope_spec.switched(switch))
+    if switch is not None:
+        run.model.set_rope(run.model.rope_spec.switched(switch))
     found = NativeEngine(run.model, run.tokenizer).generate(asked, SamplingParams(max_new_tokens=NEW, temperature=0))
     for prompt, completion in zip(asked, found, strict=True):
         with torch.no_grad():
@@ -86,17 +96,19 @@ def ours(folder, switch, asked):
 
 @pytest.fixture(scope="module")
 def home(tmp_path_factory):
-    """Two runs, their exports, and what vLLM answered to all prompts, in one process."""
+    """Four runs, their exports, and what vLLM answered to all prompts, in one process."""
     assert PYTHON.is_file(), "no vLLM: make test-vllm makes .venv-vllm first"
     home = tmp_path_factory.mktemp("vllm")
-    make_run(home / "long_only", "long_only")
-    make_run(home / "both", "both")
+    for kind in ("long_only", "both", "none", "yarn"):
+        make_run(home / kind, kind)
     jobs = []
     for name, run, words, length, cases in (
         ("short", "long_only", ["task.engine=vllm", "rope.switch=always_short"], SWITCH, ("below", "at")),
         ("long", "long_only", ["task.engine=vllm", "rope.switch=always_long"], TARGET, ("above",)),
         ("two, short", "both", [], SWITCH, ("below", "at")),
         ("two, long", "both", [], TARGET, ("above",)),
+        ("none", "none", [], SWITCH, ("below", "at")),
+        ("yarn", "yarn", [], TARGET, ("above",)),
     ):
         folder = home / f"{name}_hf"
         words = [f"ckpt={home / run}", "task=export", f"task.to='{folder}'", *words, f"paths.root={home}"]
@@ -147,6 +159,12 @@ def test_of_two_tables_vllm_takes_one_when_it_starts(home, case):
     folder, answers = home
     at, job, switch = CASES[case]
     same(answers[f"two, {job}"], ours(folder / "both", switch, prompts(case)), at)
+
+
+@pytest.mark.parametrize(("kind", "case"), [("none", "below"), ("none", "at"), ("yarn", "above")])
+def test_rules_of_one_regime(home, kind, case):
+    folder, answers = home
+    same(answers[kind], ours(folder / kind, None, prompts(case)), {"at": 4}.get(case, 0))
 
 
 def test_the_regimes_differ(home):

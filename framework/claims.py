@@ -38,10 +38,10 @@ Cells = dict[tuple[str, int], Job]  # (arm, seed) -> its one finished run
 def judge(sweep_dir: str | Path) -> dict[str, Any] | None:
     """Compute the verdict on a sweep and write it to verdict.json.
 
-    Each arm after the first, or each of `rivals`, is compared with the first on every axis of the threshold. Gain: how much better the first
-    is; for paired_t the interval is that of the mean difference over equal seeds. One comparison is SUPPORTED when its whole interval lies
-    at or above the threshold, NOT SUPPORTED when all of it lies below, else INCONCLUSIVE. The claim is SUPPORTED when all are, NOT SUPPORTED
-    when any is. `test: bounds` has no interval: each bound holds or does not (framework/bounds.py).
+    Each arm after the first, or each of `rivals`, is compared with the first on every axis of the threshold. Gain: how much better the
+    first is; for paired_t the interval is that of the mean difference over equal seeds. One comparison is SUPPORTED when its whole interval
+    lies at or above the threshold, NOT SUPPORTED when all of it lies below, else INCONCLUSIVE. The claim is SUPPORTED when all are, NOT
+    SUPPORTED when any is. `test: bounds` has no interval: each bound holds or does not (framework/bounds.py).
     Missing or failed runs, or runs of different claims, make it INCONCLUSIVE whatever the rest says.
 
     Returns:

@@ -1,8 +1,8 @@
 """Exported folders in a real vLLM (its CPU build, in .venv-vllm: `make test-vllm`), against our engine on the run itself.
 
 Phi-4-Mini with the heads of size tiny (32, the smallest that vLLM's CPU attention takes), float32, LongRoPE with random factors from 64
-tokens to 256. Weights are random, normal, with a std (0.05 in the embedding, 0.07 elsewhere) that makes answers varied and keeps rounding
-below 5e-6 (our float32 against float64); seeds of the prompts were chosen so that the most likely token always leads by 1e-3 or more, which
+tokens to 256, also YaRN and plain positions. Weights are random, normal, with a std (0.05 in the embedding, 0.07 elsewhere) that makes answers varied and keeps rounding
+below 5e-6 (our float32 against float64); seeds of the prompts were chosen so that the most likely token always leads by 5e-4 or more, which
 is asserted. Rows of special tokens and of the padding are smaller, so that no engine says them and every answer has all its tokens.
 """
 
@@ -25,7 +25,7 @@ pytestmark = pytest.mark.vllm
 ROOT = Path(__file__).resolve().parent.parent.parent
 PYTHON = ROOT / ".venv-vllm" / "bin" / "python"
 SWITCH, TARGET, NEW = 64, 256, 32
-LEAD = 1e-3  # of the most likely token, in logits
+LEAD = 5e-4  # of the most likely token, in logits: 100 times the rounding
 SEEDS = {"below": 11, "at": 12, "above": 5}
 LENGTHS = {"below": (3, 9, 17, 31), "at": (32, 32, 32, 32), "above": (5, 48, 64, 200)}  # of prompts; `at`: they end with 64 tokens exactly
 TEXT = "def main(): <|end|>"
@@ -107,7 +107,7 @@ def home(tmp_path_factory):
         ("long", "long_only", ["task.engine=vllm", "rope.switch=always_long"], TARGET, ("above",)),
         ("two, short", "both", [], SWITCH, ("below", "at")),
         ("two, long", "both", [], TARGET, ("above",)),
-        ("none", "none", [], SWITCH, ("below", "at")),
+        ("none", "none", [], SWITCH, ("below",)),
         ("yarn", "yarn", [], TARGET, ("above",)),
     ):
         folder = home / f"{name}_hf"
@@ -161,10 +161,10 @@ def test_of_two_tables_vllm_takes_one_when_it_starts(home, case):
     same(answers[f"two, {job}"], ours(folder / "both", switch, prompts(case)), at)
 
 
-@pytest.mark.parametrize(("kind", "case"), [("none", "below"), ("none", "at"), ("yarn", "above")])
+@pytest.mark.parametrize(("kind", "case"), [("none", "below"), ("yarn", "above")])
 def test_rules_of_one_regime(home, kind, case):
     folder, answers = home
-    same(answers[kind], ours(folder / kind, None, prompts(case)), {"at": 4}.get(case, 0))
+    same(answers[kind], ours(folder / kind, None, prompts(case)), 0)
 
 
 def test_the_regimes_differ(home):

@@ -1,9 +1,10 @@
 """Exported folders in a real vLLM (its CPU build, in .venv-vllm: `make test-vllm`), against our engine on the run itself.
 
 Phi-4-Mini with the heads of size tiny (32, the smallest that vLLM's CPU attention takes), float32, LongRoPE with random factors from 64
-tokens to 256, also YaRN and plain positions. Weights are random, normal, with a std (0.05 in the embedding, 0.07 elsewhere) that makes answers varied and keeps rounding
-below 5e-6 (our float32 against float64); seeds of the prompts were chosen so that the most likely token always leads by 5e-4 or more, which
-is asserted. Rows of special tokens and of the padding are smaller, so that no engine says them and every answer has all its tokens.
+tokens to 256, also YaRN and plain positions. Weights are random, normal, with a std (0.05 in the embedding, 0.07 elsewhere) that makes
+answers varied and keeps rounding below 5e-6 (our float32 against float64); seeds of the prompts were chosen so that the most likely token
+always leads by 5e-4 or more, which is asserted. Rows of special tokens and of the padding are smaller, so that no engine says them and
+every answer has all its tokens.
 """
 
 import json

@@ -39,6 +39,7 @@ class Claim:
     budget_minutes: float  # of training, all runs together
     threshold: dict[str, float] = field(default_factory=dict)  # {axis: least gain}, axis one of AXES; a plain number is for "end"
     require: list[dict[str, Any]] = field(default_factory=list)  # of test: bounds, in place of the threshold
+    rivals: list[str] = field(default_factory=list)  # arms that the first is compared with, the others are shown; empty: all are compared
     tunes: list[str] = field(default_factory=list)  # keys that a first stage chose for each arm
     show: list[str] = field(default_factory=list)  # further metrics for the table of the verdict
     better: str = "lower"  # lower | higher
@@ -67,6 +68,10 @@ def problems(node: Any) -> Iterator[str]:
         yield f"claim.arms: {arms!r}; at least two of NAME: {{group or key: value}}"
     elif node["test"] == "bounds":
         yield from bounds.problems(node["require"], arms)
+    else:
+        for name in node.get("rivals") or []:
+            if name not in (others := list(arms)[1:]):
+                yield f"claim.rivals: {name!r} is not one of {', '.join(others)}{nearest(str(name), others)}"
     for axis, least in (threshold if isinstance(threshold, dict) else {"end": threshold}).items():
         if axis not in AXES:
             yield f"claim.threshold.{axis}: not an axis; one of {', '.join(AXES)}{nearest(str(axis), AXES)}"

@@ -13,6 +13,7 @@ from omegaconf.errors import OmegaConfBaseException
 
 from components.contracts import Data, Tokenizer, UserError
 from framework import resolvers
+from framework.foreign import CACHE, as_run
 from framework.overrides import config_loader, explain, first_line
 from framework.signatures import check_node
 from framework.validate import problems
@@ -221,24 +222,24 @@ def read_config(run: Path) -> DictConfig:
     return config
 
 
-def load_run(path: str | Path, changes: dict[str, Any] | None = None) -> Run:
+def load_run(path: str | Path, changes: dict[str, Any] | None = None, cache_dir: Path = CACHE) -> Run:
     """Load a run directory or one of its checkpoint files. The only loader of trained models.
 
     Args:
-        path: RUN_DIR (its last checkpoint), RUN_DIR/checkpoints/FILE.ckpt, or a Hugging Face folder, which becomes a run in .cache/ first.
+        path: RUN_DIR (its last checkpoint), RUN_DIR/checkpoints/FILE.ckpt, or a Hugging Face folder.
         changes: {"rope": node, ...} laid over the run's own configuration; None values mean "as trained".
+        cache_dir: where a Hugging Face folder becomes a run first.
 
     Raises:
         UserError: not a run, an unreadable checkpoint, or one of another architecture.
     """
     from components.data.tokenizers import Tokenizer as RunTokenizer
     from framework.checkpoint import load_weights, newest_checkpoint
-    from framework.foreign import CACHE, as_run
 
     path = Path(path)
     if not path.exists():
         raise UserError(f"ckpt: {str(path)!r} does not exist; give a run directory, a checkpoint file or a Hugging Face folder")
-    path = as_run(path, CACHE)
+    path = as_run(path, cache_dir)
     folder = run_folder(path)
     file = path if path.is_file() else newest_checkpoint(path)
     config = read_config(folder)

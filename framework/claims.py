@@ -38,9 +38,9 @@ Cells = dict[tuple[str, int], Job]  # (arm, seed) -> its one finished run
 def judge(sweep_dir: str | Path) -> dict[str, Any] | None:
     """Compute the verdict on a sweep and write it to verdict.json.
 
-    Each arm after the first is compared with the first on every axis of the threshold. Gain: how much better the first is; for
-    paired_t the interval is that of the mean difference over equal seeds. One comparison is SUPPORTED when its whole interval lies at
-    or above the threshold, NOT SUPPORTED when all of it lies below, else INCONCLUSIVE. The claim is SUPPORTED when all are, NOT
+    Each arm after the first, or each of `rivals`, is compared with the first on every axis of the threshold. Gain: how much better the
+    first is; for paired_t the interval is that of the mean difference over equal seeds. One comparison is SUPPORTED when its whole interval
+    lies at or above the threshold, NOT SUPPORTED when all of it lies below, else INCONCLUSIVE. The claim is SUPPORTED when all are, NOT
     SUPPORTED when any is. `test: bounds` has no interval: each bound holds or does not (framework/bounds.py).
     Missing or failed runs, or runs of different claims, make it INCONCLUSIVE whatever the rest says.
 
@@ -77,7 +77,7 @@ def judge(sweep_dir: str | Path) -> dict[str, Any] | None:
     if claim.test == "bounds":
         compared = [bounded(line, claim, cells) for line in claim.require]
     else:
-        compared = [compare(claim, cells, other, axis) for other in list(claim.arms)[1:] for axis in claim.threshold]
+        compared = [compare(claim, cells, other, axis) for other in claim.rivals or list(claim.arms)[1:] for axis in claim.threshold]
     faults += [sentence({}, c) for c in compared if c.get("fault")]
     verdict = {
         "verdict": INCONCLUSIVE if faults else overall([c["verdict"] for c in compared]), "experiment": experiment,

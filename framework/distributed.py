@@ -34,7 +34,8 @@ PLACE = ("LOCAL_RANK", "NODE_RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT") 
 READY = b"ready\n"
 GRACE_SECONDS = 10.0  # for the others to end by themselves
 STUCK_SECONDS = 60.0  # after another process died, until this one is ended if it has not noticed
-CHILD = "import sys; from framework.distributed import further_process; sys.exit(further_process())"
+# _exit: what it did is on disk, and clearing up an interpreter with threads of gloo in it may abort and spoil a finished run
+CHILD = "import os, sys; from framework.distributed import further_process; code = further_process(); sys.stderr.flush(); os._exit(code)"
 
 _ready_pipe: int | None = None  # in a further process: where it says that it stands before the first step
 

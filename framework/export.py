@@ -5,6 +5,7 @@ Nothing appears under the given name before it was read back and gave the same l
 
 from __future__ import annotations
 
+import glob
 import os
 import shutil
 import sys
@@ -206,6 +207,17 @@ def check_logits(model: Any, again: Any, to: Path) -> None:
             raise RuntimeError(f"{to}: the logits differ after reading it back")
 
 
+def is_alive(process: int) -> bool:
+    """Does a process of this number run on this machine?"""
+    try:
+        os.kill(process, 0)
+    except ProcessLookupError:
+        return False
+    except PermissionError:
+        return True
+    return True
+
+
 @contextmanager
 def new_folder(to: Path, key: str) -> Iterator[Path]:
     """A hidden folder beside `to` that takes its name when the block ends well, and is deleted when it does not. key: names it in messages.
@@ -217,6 +229,9 @@ def new_folder(to: Path, key: str) -> Iterator[Path]:
         raise UserError(f"{key}: {str(to)!r} exists and is not empty; choose another name or remove it")
     to = to.resolve()  # a link to an empty folder: the folder is replaced, not the link
     temporary = to.parent / f".{to.name}.{os.getpid()}.tmp"
+    for left in to.parent.glob(f".{glob.escape(to.name)}.*.tmp"):  # by a process that was killed
+        if not is_alive(int(left.suffixes[-2][1:])):
+            shutil.rmtree(left, ignore_errors=True)
     try:
         temporary.mkdir(parents=True)
     except OSError as error:

@@ -11,7 +11,10 @@ from components.errors import UserError
 
 CACHE = Path(".cache")  # where nobody names one
 ABOUT = "config.json"
+READ = (".json", ".jinja", ".safetensors", ".bin", ".pth")  # endings of the files that an import looks at
 VERSION = 1  # of what an import writes; a higher one leaves what earlier ones wrote in the cache
+
+_announced: set[Path] = set()  # runs in the cache that this process has told of
 
 
 def is_foreign(path: Path) -> bool:
@@ -32,9 +35,12 @@ def as_run(path: Path, cache_dir: Path) -> Path:
     name = re.sub(r"[^A-Za-z0-9._-]+", "-", path.resolve().name)
     run = cache_dir / "imported" / f"{name}-{fingerprint(path)}"
     if (run / "config.yaml").is_file():
-        print(f"ckpt={path}: a Hugging Face folder, converted before into {run}", file=sys.stderr)
+        if run not in _announced:
+            print(f"ckpt={path}: a Hugging Face folder, converted before into {run}", file=sys.stderr)
+            _announced.add(run)
         return run
     print(f"ckpt={path}: a Hugging Face folder; converting it into {run}, which later runs take", file=sys.stderr)
+    _announced.add(run)
     try:
         import_checkpoint(path, run, "auto", None, None, [], "paths.cache_dir")
     except (OSError, UserError) as error:
@@ -48,13 +54,13 @@ def as_run(path: Path, cache_dir: Path) -> Path:
 
 
 def fingerprint(folder: Path) -> str:
-    """12 hex digits that change with config.json, with the tokenizer, and with names, sizes and times of the weights."""
+    """12 hex digits that change with configuration, tokenizer and chat template, and with names, sizes and times of the weights."""
     digest = hashlib.sha256(str(VERSION).encode())
     for file in sorted(folder.iterdir()):
-        if not file.is_file():
+        if not file.is_file() or file.suffix not in READ:
             continue
         digest.update(file.name.encode())
-        if file.suffix == ".json":
+        if file.suffix in (".json", ".jinja"):
             digest.update(file.read_bytes())
         else:
             about = file.stat()

@@ -10,7 +10,7 @@ from omegaconf import DictConfig, OmegaConf, open_dict
 
 from components.errors import UserError
 from framework import build
-from framework.foreign import CACHE, as_run
+from framework.foreign import CACHE, as_run, is_foreign
 from framework.overrides import CONF, group_names
 from framework.runs import INHERITED, choices, newest_run, typed_before
 
@@ -50,8 +50,10 @@ def take_model(config: DictConfig, words: list[str]) -> None:
     Raises:
         UserError: no such run, or an override of one of them differs from the run's.
     """
-    config.ckpt = str(resolve_checkpoint(config.ckpt, Path(config.paths.root), Path(config.paths.cache_dir)))
-    folder = build.run_folder(Path(config.ckpt))
+    source = resolve_checkpoint(config.ckpt, Path(config.paths.root), Path(config.paths.cache_dir))
+    if not (Path(str(config.ckpt)).is_dir() and is_foreign(Path(str(config.ckpt)))):  # what was made of it in the cache may be deleted
+        config.ckpt = str(source)
+    folder = build.run_folder(source)
     saved, chosen = build.read_config(folder), choices(folder)
     plain = OmegaConf.load(CONF / "rope" / "none.yaml")
     another_rule = config.rope._target_ != plain._target_  # an experiment's choice, which is no word

@@ -11,6 +11,7 @@ from omegaconf import DictConfig, OmegaConf
 
 from framework import runtime
 from framework.estimate import count_parameters
+from framework.foreign import as_run
 from framework.logging import RunLogger, masked, masked_word
 from framework.parts import Parts, sweep_of
 from framework.runs import choices, read_state, with_inherited, write_state
@@ -20,10 +21,11 @@ def open_run(config: DictConfig, run_dir: Path, parts: Parts, service: RunLogger
     """Write run_state.json and start the service; a service that cannot be started leaves the run failed."""
     state = read_state(run_dir)
     now = datetime.datetime.now(datetime.UTC).isoformat()
+    source = str(as_run(Path(config.ckpt), Path(config.paths.cache_dir))) if config.ckpt else None
     write_state(
         run_dir, name=config.name, seed=config.seed, status="running", created=state.get("created", now),
         step=parts.start_step, tokens=state.get("tokens", 0), versions=runtime.versions(), git=runtime.git_state(),
-        data=parts.data_state, choices=with_inherited(choices(run_dir), config.ckpt, Path(config.paths.root)),
+        data=parts.data_state, choices=with_inherited(choices(run_dir), source, Path(config.paths.root)),
     )  # fmt: skip
     if service is None:
         return

@@ -33,10 +33,11 @@ def build_parts(config: DictConfig, run_dir: Path, resuming: bool) -> Parts:
     """Data, model and adapter; weights of `ckpt=` loaded, the checkpoint to resume found and compared."""
     data: Any = build.build_data(config)
     file = newest_intact(run_dir) if resuming else None
-    source = build.load_run(config.ckpt, {"rope": config.rope}) if config.ckpt and file is None else None
+    cache_dir = Path(config.paths.cache_dir)
+    source = build.load_run(config.ckpt, {"rope": config.rope}, cache_dir) if config.ckpt and file is None else None
     own = run_dir / "tokenizer"
     given = source.tokenizer if source is not None else SavedTokenizer.load(own) if resuming and own.is_dir() else None
-    data.prepare(Path(config.paths.cache_dir), given)
+    data.prepare(cache_dir, given)
     if source is not None:
         model = without_adapter(source)
         config.model.vocab_size = model.vocab_size

@@ -22,7 +22,9 @@ def smoothed(values: list[float]) -> list[float]:
     return result
 
 
-def loss_curve(rows: list[dict[str, float]], baselines: Mapping[str, float], path: Path, title: str) -> None:
+def loss_curve(
+    rows: list[dict[str, float]], baselines: Mapping[str, float], path: Path, title: str, loss_unit: str = "nats per token"
+) -> None:
     """Draw training and validation loss over tokens; in bits per byte where known, with baselines as horizontal lines.
 
     Args:
@@ -30,6 +32,7 @@ def loss_curve(rows: list[dict[str, float]], baselines: Mapping[str, float], pat
         baselines: name -> bits per byte.
         path: PNG to write.
         title: one line above the plot.
+        loss_unit: of a loss that is not in bits per byte.
     """
     val = [row for row in rows if "val/loss" in row]
     train = [row for row in rows if "train/loss" in row and math.isfinite(row["train/loss"])]
@@ -52,7 +55,7 @@ def loss_curve(rows: list[dict[str, float]], baselines: Mapping[str, float], pat
     if top > 0:
         axes.set_ylim(bottom=0, top=1.3 * top)
     axes.set_xlabel("tokens")
-    axes.set_ylabel("bits per byte" if in_bits else "nats per token")
+    axes.set_ylabel("bits per byte" if in_bits else loss_unit)
     axes.xaxis.set_major_formatter(lambda value, _: f"{value / 1e6:g}M" if value >= 1e6 else f"{value / 1e3:g}k" if value else "0")
     if train or val:
         axes.legend(frameon=False, fontsize=9)

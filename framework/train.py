@@ -281,7 +281,8 @@ class Session:
         if measured := self.evaluations():
             metrics |= measured
             write_summary(self.run_dir, metrics)
-        loss_curve(read_rows(self.run_dir), baselines, self.run_dir / "loss.png", f"{self.config.name}: {self.run_dir.name}")
+        title = f"{self.config.name}: {self.run_dir.name}"
+        loss_curve(read_rows(self.run_dir), baselines, self.run_dir / "loss.png", title, str(self.task.loss_unit))
         others = ", ".join(f"{name} {value:.3f}" for name, value in baselines.items())
         bits, loss = metrics.get("val/bits_per_byte"), metrics.get("val/loss")
         result = (

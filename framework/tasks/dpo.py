@@ -32,6 +32,7 @@ class PreferenceTask(LanguageModelTask):
     """
 
     takes_pairs = True
+    loss_unit = "nats per pair"
 
     def __init__(
         self, model: nn.Module, make_optimizer: MakeOptimizer, make_schedule: MakeSchedule, val_bytes: int, reference: str | None,

@@ -24,6 +24,7 @@ class LanguageModelTask(pl.LightningModule):
     """Minimises the mean negative log-likelihood of the counted labels of each optimizer step, plus the model's own auxiliary losses."""
 
     takes_pairs = False  # of answers to compare, which the data must then hold
+    loss_unit = "nats per token"
 
     def __init__(
         self, model: nn.Module, make_optimizer: MakeOptimizer, make_schedule: MakeSchedule, val_bytes: int, loss_on: str = "all"

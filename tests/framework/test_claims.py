@@ -72,6 +72,19 @@ def test_higher_is_better_turns_the_sign(tmp_path):
     assert judge(write_sweep(tmp_path / "b", NEW, OLD, claim=claim))["verdict"] == NOT_SUPPORTED
 
 
+def test_rivals_are_compared_and_other_arms_only_shown(tmp_path):
+    arms = {**CLAIM["arms"], "best": {"optimizer": "best"}}
+    claim = {**CLAIM, "arms": arms, "threshold": 0.1, "show": ["val/bits_per_byte"]}
+    for name, rivals, expected in (("some", ["old"], SUPPORTED), ("all", [], NOT_SUPPORTED)):
+        folder = write_sweep(tmp_path / name, NEW, OLD, claim={**claim, "rivals": rivals})
+        for seed in (1, 2, 3):
+            write_job(folder, 20 + seed, "best", seed, 0.5, claim={**claim, "rivals": rivals})
+        verdict = judge(folder)
+        assert verdict["verdict"] == expected and verdict["figures"]["best"]["val/bits_per_byte"] == [0.5] * 3
+    (line,) = problems({**claim, "rivals": ["bets"]})
+    assert line.startswith("claim.rivals: 'bets' is not one of old, best") and "best" in line.rpartition(";")[2]
+
+
 def test_one_seed_says_nothing(tmp_path):
     verdict = judge(write_sweep(tmp_path, [1.0], [9.0], claim={**CLAIM, "seeds": [1]}))
     assert verdict["verdict"] == INCONCLUSIVE

@@ -1,6 +1,7 @@
 """`ckpt=HF_DIR`: a Hugging Face folder is a run, for generate.py, train.py and load_run; what is wrong with one is said in one line."""
 
 import json
+import os
 import shutil
 
 import pytest
@@ -50,6 +51,8 @@ def test_it_becomes_a_run_once(folder, tmp_path, capsys):
         assert torch.equal(logits(run.model, IDS[:, :length]), logits(first.model, IDS[:, :length]))
     assert run.model.rope_spec == first.model.rope_spec
     assert run.cfg.rope.attention_factor == {"policy": "both", "value": 1.25} and run.cfg.data._target_ == first.cfg.data._target_
+    assert said(folder, tmp_path) == run.path and capsys.readouterr().err == ""  # said once a process
+    foreign._announced.clear()
     assert said(folder, tmp_path) == run.path and "converted before" in capsys.readouterr().err
     assert read_state(run.path)["choices"] == {"model": "phi4mini", "model/size": "imported", "rope": "longrope"}
     chosen = with_inherited({"model": "samba", "model/size": "tiny", "data": "text"}, str(folder), tmp_path)
@@ -94,6 +97,14 @@ def test_train_goes_on_from_it(folder, tmp_path, capfd):
     assert "_hf-" in run.name and read_state(run)["choices"]["model"] == "phi4mini"
     loaded = build.load_run(run)
     assert loaded.step == 3 and loaded.model.rope_spec.bounds == (24,)
+    assert loaded.cfg.ckpt == str(folder)
+    state = json.loads((run / "run_state.json").read_text()) | {"status": "interrupted"}
+    (run / "run_state.json").write_text(json.dumps(state))  # stopped before its first checkpoint, and the cache was cleared
+    shutil.rmtree(run / "checkpoints")
+    shutil.rmtree(tmp_path / "cache" / "imported")
+    assert train.main([f"resume={run}"]) == 0
+    again = build.load_run(run)
+    assert again.step == 3 and torch.equal(again.model.head_weight, loaded.model.head_weight)
     assert "Traceback" not in capfd.readouterr().err
 
 
@@ -176,3 +187,15 @@ def test_rows_of_the_padding_are_never_said(own, tmp_path):
         for answer in NativeEngine(model, tokenizer).generate([[256, 1, 2], [256, 9]], params):
             assert max(answer.token_ids) < 261 and not {257, 258, 259} & set(answer.token_ids)
             assert all(torch.tensor(answer.logprobs).isfinite())
+
+
+def test_what_no_import_reads_changes_nothing_and_leftovers_of_the_dead_go(own, tmp_path):
+    first = said(own, tmp_path)
+    (own / "README.md").write_text("About these weights.\n")
+    (own / ".gitattributes").write_text("*.safetensors filter=lfs\n")
+    assert said(own, tmp_path) == first
+    shutil.rmtree(first)
+    dead, living = (first.parent / f".{first.name}.{pid}.tmp" for pid in (2**22 + 1, os.getppid()))  # above the kernel's limit
+    dead.mkdir()
+    living.mkdir()
+    assert said(own, tmp_path) == first and living.is_dir() and not dead.exists()

@@ -1,9 +1,10 @@
 """Exported folders in a real vLLM (its CPU build, in .venv-vllm: `make test-vllm`), against our engine on the run itself.
 
 Phi-4-Mini with the heads of size tiny (32, the smallest that vLLM's CPU attention takes), float32, LongRoPE with random factors from 64
-tokens to 256. Weights are random, normal, with a std (0.05 in the embedding, 0.07 elsewhere) that makes answers varied and keeps rounding
-below 5e-6 (our float32 against float64); seeds of the prompts were chosen so that the most likely token always leads by 1e-3 or more, which
-is asserted. Rows of special tokens and of the padding are smaller, so that no engine says them and every answer has all its tokens.
+tokens to 256, also YaRN and plain positions. Weights are random, normal, with a std (0.05 in the embedding, 0.07 elsewhere) that makes
+answers varied and keeps rounding below 5e-6 (our float32 against float64); seeds of the prompts were chosen so that the most likely token
+always leads by 5e-4 or more, which is asserted. Rows of special tokens and of the padding are smaller, so that no engine says them and
+every answer has all its tokens.
 """
 
 import json
@@ -25,7 +26,7 @@ pytestmark = pytest.mark.vllm
 ROOT = Path(__file__).resolve().parent.parent.parent
 PYTHON = ROOT / ".venv-vllm" / "bin" / "python"
 SWITCH, TARGET, NEW = 64, 256, 32
-LEAD = 1e-3  # of the most likely token, in logits
+LEAD = 5e-4  # of the most likely token, in logits: 100 times the rounding
 SEEDS = {"below": 11, "at": 12, "above": 5}
 LENGTHS = {"below": (3, 9, 17, 31), "at": (32, 32, 32, 32), "above": (5, 48, 64, 200)}  # of prompts; `at`: they end with 64 tokens exactly
 TEXT = "def main(): <|end|>"
@@ -37,13 +38,24 @@ def prompts(case):
     return [[256, *torch.randint(256, (length - 1,), generator=draw).tolist()] for length in LENGTHS[case]]
 
 
-def make_run(folder, policy):
-    """A run directory of random weights and factors. policy: of rope.attention_factor.
+def rope_words(kind):
+    """Of a run: `none`, `yarn`, or LongRoPE with random factors under an attention-factor policy (`long_only`, `both`).
 
     transformers' folders say any attention factor, of which vLLM knows LongRoPE's own alone; under names of its own it knows any.
     """
+    if kind == "none":
+        return ["rope=none"]
+    if kind == "yarn":
+        return ["rope=yarn", f"rope.factor={TARGET // SWITCH}"]
     draw = torch.Generator().manual_seed(0)
     long, short = (1 + scale * torch.rand(12, generator=draw, dtype=torch.float64).sort().values for scale in (3, 0.5))
+    value = {"long_only": 1.3, "both": "null"}[kind]
+    words = ["rope=longrope", f"rope.factor={TARGET // SWITCH}", f"rope.factors={long.tolist()}", f"rope.short_factors={short.tolist()}"]
+    return [*words, f"rope.attention_factor={{policy: {kind}, value: {value}}}"]
+
+
+def make_run(folder, kind):
+    """A run directory of random weights. kind: of its RoPE rule, see `rope_words`."""
     words = [
         "model=phi4mini",
         "model/size=tiny",
@@ -53,12 +65,10 @@ def make_run(folder, policy):
         "data.path=none.jsonl",
         "task=sft",
     ]
-    words += ["rope=longrope", f"rope.factor={TARGET // SWITCH}", f"rope.factors={long.tolist()}", f"rope.short_factors={short.tolist()}"]
-    value = {"long_only": 1.3, "both": "null"}[policy]
-    config = build.compose("train", [*words, f"rope.attention_factor={{policy: {policy}, value: {value}}}"])
+    config = build.compose("train", [*words, *rope_words(kind)])
     tokenizer = bytes_tokenizer()
     model = build.build_model(config, tokenizer.vocab_size)
-    draw.manual_seed(1)
+    draw = torch.Generator().manual_seed(1)
     with torch.no_grad():
         for name, parameter in model.named_parameters():
             noise = torch.randn(parameter.shape, generator=draw)
@@ -72,9 +82,10 @@ def make_run(folder, policy):
 
 
 def ours(folder, switch, asked):
-    """Ids and their log-probabilities, of our engine on the run; `switch` is rope.switch."""
+    """Ids and their log-probabilities, of our engine on the run; `switch` is rope.switch, None for a rule of one regime."""
     run = build.load_run(folder)
-    run.model.set_rope(run.model.rope_spec.switched(switch))
+    if switch is not None:
+        run.model.set_rope(run.model.rope_spec.switched(switch))
     found = NativeEngine(run.model, run.tokenizer).generate(asked, SamplingParams(max_new_tokens=NEW, temperature=0))
     for prompt, completion in zip(asked, found, strict=True):
         with torch.no_grad():
@@ -86,17 +97,19 @@ def ours(folder, switch, asked):
 
 @pytest.fixture(scope="module")
 def home(tmp_path_factory):
-    """Two runs, their exports, and what vLLM answered to all prompts, in one process."""
+    """Four runs, their exports, and what vLLM answered to all prompts, in one process."""
     assert PYTHON.is_file(), "no vLLM: make test-vllm makes .venv-vllm first"
     home = tmp_path_factory.mktemp("vllm")
-    make_run(home / "long_only", "long_only")
-    make_run(home / "both", "both")
+    for kind in ("long_only", "both", "none", "yarn"):
+        make_run(home / kind, kind)
     jobs = []
     for name, run, words, length, cases in (
         ("short", "long_only", ["task.engine=vllm", "rope.switch=always_short"], SWITCH, ("below", "at")),
         ("long", "long_only", ["task.engine=vllm", "rope.switch=always_long"], TARGET, ("above",)),
         ("two, short", "both", [], SWITCH, ("below", "at")),
         ("two, long", "both", [], TARGET, ("above",)),
+        ("none", "none", [], SWITCH, ("below",)),
+        ("yarn", "yarn", [], TARGET, ("above",)),
     ):
         folder = home / f"{name}_hf"
         words = [f"ckpt={home / run}", "task=export", f"task.to='{folder}'", *words, f"paths.root={home}"]
@@ -147,6 +160,12 @@ def test_of_two_tables_vllm_takes_one_when_it_starts(home, case):
     folder, answers = home
     at, job, switch = CASES[case]
     same(answers[f"two, {job}"], ours(folder / "both", switch, prompts(case)), at)
+
+
+@pytest.mark.parametrize(("kind", "case"), [("none", "below"), ("yarn", "above")])
+def test_rules_of_one_regime(home, kind, case):
+    folder, answers = home
+    same(answers[kind], ours(folder / kind, None, prompts(case)), 0)
 
 
 def test_the_regimes_differ(home):

@@ -5,6 +5,7 @@ Nothing appears under the given name before it was read back and gave the same l
 
 from __future__ import annotations
 
+import copy
 import glob
 import os
 import shutil
@@ -41,8 +42,7 @@ def layout_named(name: str, key: str) -> Any:
 class Export:
     """Option task=export: write the run as a folder that transformers or vLLM reads, or in the layout of another project.
 
-    The run's adapter, that of `adapter.task` where there are several, is merged into its weights; `rope` and `rope.switch` of generate.yaml
-    hold for what is written.
+    `rope` and `rope.switch` of generate.yaml hold for what is written.
 
     Args:
         to: folder to write, new or empty; None: `export` in the output folder.
@@ -50,21 +50,27 @@ class Export:
         engine: what is to read it, which decides what can be expressed: transformers changes RoPE tables when a batch outgrows the first,
             vLLM has one table for all rows.
         shard_bytes: files are at most this large; None: 5 GB.
+        adapter: merge: the run's adapter, that of `adapter.task` where there are several, is merged into the weights. keep: the base is
+            written as it is, and beside it adapters/NAME/, a plain LoRA in PEFT's layout for `adapter.task`, or for each task.
     """
 
-    def __init__(self, to: str | None, format: str | None, engine: Literal["transformers", "vllm"], shard_bytes: int | None) -> None:
+    def __init__(
+        self, to: str | None, format: str | None, engine: Literal["transformers", "vllm"], shard_bytes: int | None,
+        adapter: Literal["merge", "keep"],
+    ) -> None:  # fmt: skip
         if shard_bytes is not None and shard_bytes < 1:
             raise UserError(f"task.shard_bytes: {shard_bytes}; null or at least 1 is allowed")
-        self.to, self.format, self.engine, self.shard_bytes = to, format, engine, shard_bytes
+        self.to, self.format, self.engine, self.shard_bytes, self.adapter = to, format, engine, shard_bytes, adapter
+        self.asks_every_task = adapter == "keep"
 
     def run(self, context: Context) -> dict[str, float]:
         """Write it, say where it is and what to do with it."""
         to = Path(self.to) if self.to is not None else context.out_dir / "export"
         layout = layout_for(context.run, self.format, self.engine, "task.format")
-        done = export(context.run, to, layout, self.engine, self.shard_bytes, "task.to", context.task)
+        done = export(context.run, to, layout, self.engine, self.shard_bytes, "task.to", context.task, self.adapter)
         for line in done.notes:
             print(line, file=sys.stderr)
-        size = sum(file.stat().st_size for file in to.iterdir())
+        size = sum(file.stat().st_size for file in to.rglob("*") if file.is_file())
         print(f"{to}: {done.tensors} tensors in layout {layout.name}, {size / 1e6:.1f} MB, read back with equal logits. Next: {done.use}")
         return {"export/tensors": float(done.tensors), "export/bytes": float(size)}
 
@@ -105,13 +111,14 @@ def layout_for(run: Run, name: str | None, engine: str, key: str) -> Any:
 
 
 def export(
-    run: Run, to: Path, layout: Any, engine: str, shard_bytes: int | None, key: str, task: str | int | None = None
+    run: Run, to: Path, layout: Any, engine: str, shard_bytes: int | None, key: str, task: str | int | None = None, adapter: str = "merge"
 ) -> Exported:  # fmt: skip
-    """Write the folder `to`. The run's adapter, for `task`, is merged into its weights. key: names `to` in messages.
+    """Write the folder `to`. The run's adapter, for `task`, is merged into its weights, or kept beside them. key: names `to` in messages.
 
     Raises:
         UserError: the layout, or `engine` reading it, cannot express the model; `to` is not empty or cannot be made.
     """
+    from components.adapters.base import adapter_layers, unwrap
     from framework import build
     from framework.parts import without_adapter
     from framework.signatures import ALLOWED, locate
@@ -120,7 +127,14 @@ def export(
     spec = getattr(run.model, "rope_spec", None)
     if spec is not None and not spec.plain and layout.rope is None:
         raise UserError(f"rope: layout {layout.name} has no place for the RoPE rule {spec.rule!r} of {run.path}; take rope=none")
-    model = without_adapter(run, task).cpu().eval()
+    loras, wrapped = {}, run.model
+    if adapter == "keep":
+        if not any(True for _ in adapter_layers(run.model)):
+            raise UserError(f"task.adapter: keep, but {run.path} was trained without an adapter; drop the override")
+        loras = interop().plain_loras(build.build(run.cfg.adapter), run.model.cpu(), task)
+        wrapped = copy.deepcopy(run.model)
+        unwrap(run.model)
+    model = without_adapter(run, None if loras else task).cpu().eval()
     further = [i for i in run.tokenizer.stop_ids if i != run.tokenizer.eot_id]
     extras = {} if layout.rope is None else {"rope": spec, "stops": further, "engine": engine}
     talks = hasattr(locate(run.cfg.data._target_, (*ALLOWED, *run.cfg.allow_targets)), "chat_template")
@@ -143,7 +157,13 @@ def export(
             again.set_rope((layout.rope and layout.rope(source.about, config | numbers)) or plain_rope(spec))
         again.load_state_dict(layout.from_foreign(source.tensors, numbers))
         check_logits(model, again, to)
-    return Exported(len(source.tensors), notes(spec, layout, engine), usage(to, layout, engine, spec))
+        if loras:
+            ours = model.state_dict()
+            theirs = layout.to_foreign(ours, config)
+            names = interop().module_names(wrapped, ours, theirs)
+            for name, lora in loras.items():
+                interop().write_lora(folder / "adapters" / name, lora, names, theirs, str(to))
+    return Exported(len(source.tensors), notes(spec, layout, engine), usage(to, layout, engine, spec, list(loras)))
 
 
 def other_layouts(run: Run, layout: Any) -> str:
@@ -170,9 +190,14 @@ def notes(spec: Any, layout: Any, engine: str) -> list[str]:
     ]
 
 
-def usage(to: Path, layout: Any, engine: str, spec: Any) -> str:
-    """What to type next."""
+def usage(to: Path, layout: Any, engine: str, spec: Any, loras: list[str]) -> str:
+    """What to type next. loras: names of the adapters beside it."""
     back = f"python generate.py ckpt={to}"
+    if loras:
+        path = to / "adapters" / loras[0]
+        if engine == "vllm":
+            return f"vllm.LLM({str(to)!r}, enable_lora=True) and LoRARequest({loras[0]!r}, 1, {str(path)!r}) with each request"
+        return f"peft.PeftModel.from_pretrained(transformers.AutoModelForCausalLM.from_pretrained({str(to)!r}), {str(path)!r})"
     if engine == "vllm":
         length = "" if spec is None or spec.plain else f", max_model_len=N), where N is {spec.original_len} if it is left out"
         return f"vllm.LLM({str(to)!r}{length or ')'}, or here {back}"

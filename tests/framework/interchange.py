@@ -17,6 +17,7 @@ def phi_run(folder, *words):
     tokenizer = bytes_tokenizer()
     torch.manual_seed(0)
     model = build.build_model(config, tokenizer.vocab_size)
+    build.build(config.adapter).apply(model)
     with torch.no_grad():
         for parameter in model.parameters():
             parameter.copy_(torch.randn_like(parameter) * 0.2 if parameter.dim() > 1 else torch.rand_like(parameter) + 0.5)

@@ -16,6 +16,7 @@ import pytest
 import torch
 
 import generate
+from components.adapters.base import task_ids
 from components.contracts import Batch, SamplingParams
 from components.data.tokenizers import bytes_tokenizer
 from framework import build, convert
@@ -33,16 +34,22 @@ TEXT = "def main(): <|end|>"
 MESSAGES = [{"role": "system", "content": " Be brief.\n"}, {"role": "user", "content": "Why?"}]
 
 
+ADAPTERS = {"lora": ["adapter=lora"], "mtl_lora": ["adapter=mtl_lora", "data=transforms", "data.tasks=[copy,sort]"]}
+TASKS = ["copy", "sort", "sort", "copy"]  # of the prompts, where the adapter has tasks
+
+
 def prompts(case):
     draw = torch.Generator().manual_seed(SEEDS[case])
     return [[256, *torch.randint(256, (length - 1,), generator=draw).tolist()] for length in LENGTHS[case]]
 
 
 def rope_words(kind):
-    """Of a run: `none`, `yarn`, or LongRoPE with random factors under an attention-factor policy (`long_only`, `both`).
+    """Of a run: `none` (also under an adapter), `yarn`, or LongRoPE with random factors, by its attention-factor policy.
 
     transformers' folders say any attention factor, of which vLLM knows LongRoPE's own alone; under names of its own it knows any.
     """
+    if kind in ADAPTERS:
+        return ["rope=none", *ADAPTERS[kind]]
     if kind == "none":
         return ["rope=none"]
     if kind == "yarn":
@@ -61,18 +68,17 @@ def make_run(folder, kind):
         "model/size=tiny",
         "model.num_layers=3",
         f"model.max_length={SWITCH}",
-        "data=chat",
-        "data.path=none.jsonl",
-        "task=sft",
     ]
+    words += [] if kind in ADAPTERS else ["data=chat", "data.path=none.jsonl", "task=sft"]
     config = build.compose("train", [*words, *rope_words(kind)])
     tokenizer = bytes_tokenizer()
     model = build.build_model(config, tokenizer.vocab_size)
+    build.build(config.adapter).apply(model)
     draw = torch.Generator().manual_seed(1)
     with torch.no_grad():
         for name, parameter in model.named_parameters():
             noise = torch.randn(parameter.shape, generator=draw)
-            std = 0.05 if name == "embed_tokens.weight" else 0.07
+            std = 0.05 if name == "embed_tokens.weight" else 0.5 if "lambdas" in name else 0.07
             parameter.copy_(std * noise if parameter.dim() > 1 else 1 + 0.2 * noise)
         model.embed_tokens.weight[256:] *= 0.05
     config.model.vocab_size = model.vocab_size
@@ -81,9 +87,11 @@ def make_run(folder, kind):
     return folder
 
 
-def ours(folder, switch, asked):
+def ours(folder, switch, asked, task=None):
     """Ids and their log-probabilities, of our engine on the run; `switch` is rope.switch, None for a rule of one regime."""
     run = build.load_run(folder)
+    if task is not None:
+        task_ids(run.model).set(task)
     if switch is not None:
         run.model.set_rope(run.model.rope_spec.switched(switch))
     found = NativeEngine(run.model, run.tokenizer).generate(asked, SamplingParams(max_new_tokens=NEW, temperature=0))
@@ -97,10 +105,10 @@ def ours(folder, switch, asked):
 
 @pytest.fixture(scope="module")
 def home(tmp_path_factory):
-    """Four runs, their exports, and what vLLM answered to all prompts, in one process."""
+    """Six runs, their exports, and what vLLM answered to all prompts, in one process."""
     assert PYTHON.is_file(), "no vLLM: make test-vllm makes .venv-vllm first"
     home = tmp_path_factory.mktemp("vllm")
-    for kind in ("long_only", "both", "none", "yarn"):
+    for kind in ("long_only", "both", "none", "yarn", *ADAPTERS):
         make_run(home / kind, kind)
     jobs = []
     for name, run, words, length, cases in (
@@ -109,13 +117,19 @@ def home(tmp_path_factory):
         ("two, short", "both", [], SWITCH, ("below", "at")),
         ("two, long", "both", [], TARGET, ("above",)),
         ("none", "none", [], SWITCH, ("below",)),
-        ("yarn", "yarn", [], TARGET, ("above",)),
+        ("yarn", "yarn", ["task.engine=vllm"], TARGET, ("above",)),
+        ("lora", "lora", ["task.engine=vllm", "task.adapter=keep"], SWITCH, ("below",)),
+        ("mtl_lora", "mtl_lora", ["task.engine=vllm", "task.adapter=keep"], SWITCH, ("below",)),
     ):
         folder = home / f"{name}_hf"
         words = [f"ckpt={home / run}", "task=export", f"task.to='{folder}'", *words, f"paths.root={home}"]
         assert generate.main([*words, f"hydra.run.dir={home / 'out'}"]) == 0
         asked = [ids for case in cases for ids in prompts(case)]
-        jobs.append({"name": name, "folder": str(folder), "max_model_len": length, "prompts": asked, "max_tokens": NEW})
+        beside = {"lora": ["adapter"] * 4, "mtl_lora": TASKS}.get(name, [])
+        adapters = [str(folder / "adapters" / adapter) for adapter in beside]
+        jobs.append(
+            {"name": name, "folder": str(folder), "max_model_len": length, "prompts": asked, "max_tokens": NEW, "adapters": adapters}
+        )
     jobs = [job | {"text": TEXT, "messages": MESSAGES} for job in jobs]
     (home / "jobs.json").write_text(json.dumps(jobs))
     worker = [PYTHON, Path(__file__).with_name("vllm_worker.py"), home / "jobs.json", home / "answers.json"]
@@ -168,6 +182,21 @@ def test_rules_of_one_regime(home, kind, case):
     same(answers[kind], ours(folder / kind, None, prompts(case)), 0)
 
 
+def test_an_adapter_beside_its_base(home):
+    """A LoRA that was kept out of the weights."""
+    folder, answers = home
+    same(answers["lora"], ours(folder / "lora", None, prompts("below")), 0)
+
+
+def test_the_tasks_of_an_adapter_in_one_batch(home):
+    """Each task of MTL-LoRA as a LoRA of its own, two prompts each; ours has the tasks apart."""
+    folder, answers = home
+    found = [ours(folder / "mtl_lora", None, [ids], task) for ids, task in zip(prompts("below"), TASKS, strict=True)]
+    same(answers["mtl_lora"], tuple([row for (row,) in column] for column in zip(*found, strict=True)), 0)
+    other, _ = ours(folder / "mtl_lora", None, prompts("below")[:1], "sort")
+    assert other[0] != answers["mtl_lora"]["ids"][0]
+
+
 def test_the_regimes_differ(home):
     """Else none of this would show which one is used: the same prompts under the other table."""
     folder, answers = home
@@ -181,6 +210,6 @@ def test_its_tokenizer_gives_our_ids(home):
     data = build.build_data(run.cfg)
     data.tokenizer = run.tokenizer
     text = TEXT.removesuffix("<|end|>")
-    for answer in answers.values():
+    for answer in (answer for name, answer in answers.items() if name not in ADAPTERS):
         assert answer["chat_ids"] == data.render(MESSAGES)
         assert answer["text_ids"] == [run.tokenizer.eot_id, *run.tokenizer.encode(text), run.tokenizer.special_id("<|end|>")]

@@ -1,6 +1,7 @@
 """Run by the Python of .venv-vllm, which has nothing of ours: vllm_worker.py JOBS.json ANSWERS.json.
 
-JOBS: [{folder, max_model_len, prompts (lists of ids), max_tokens, text, messages}]. ANSWERS: for each job greedy `ids` and their
+JOBS: [{folder, max_model_len, prompts (lists of ids), max_tokens, text, messages, adapters}]. adapters: the LoRA folder of each prompt, []
+for the base model. ANSWERS: for each job greedy `ids` and their
 `logprobs`, what vLLM's tokenizer makes of the text (`text_ids`) and of the messages (`chat_ids`, where the folder has a chat template).
 """
 
@@ -20,10 +21,16 @@ os.environ |= {
 
 def answer(job):
     from vllm import LLM, SamplingParams
+    from vllm.lora.request import LoRARequest
 
-    llm = LLM(job["folder"], dtype="float32", max_model_len=job["max_model_len"], enforce_eager=True, max_num_seqs=4, seed=0)
+    folders = sorted(set(job["adapters"]))
+    lora = {"enable_lora": True, "max_loras": len(folders)} if folders else {}
+    llm = LLM(job["folder"], dtype="float32", max_model_len=job["max_model_len"], enforce_eager=True, max_num_seqs=4, seed=0, **lora)
+    asked = [LoRARequest(folder, folders.index(folder) + 1, folder) for folder in job["adapters"]]
     params = SamplingParams(temperature=0, max_tokens=job["max_tokens"], logprobs=1)
-    found = [out.outputs[0] for out in llm.generate([{"prompt_token_ids": ids} for ids in job["prompts"]], params)]
+    found = [
+        out.outputs[0] for out in llm.generate([{"prompt_token_ids": ids} for ids in job["prompts"]], params, lora_request=asked or None)
+    ]
     tokenizer = llm.get_tokenizer()
     chat = tokenizer.chat_template and tokenizer.apply_chat_template(job["messages"], add_generation_prompt=True, return_dict=False)
     return {

@@ -152,7 +152,9 @@ class MoELoRA:
             theirs = stored.get(key)
             if key == "tasks" and self.router == "task" and isinstance(theirs, list) and sorted(theirs) == sorted(own):
                 places = [theirs.index(name) for name in own]
-                state = {name: t[places] if name.endswith(".lora_embedding") else t for name, t in state.items()}
+                for name, tensor in state.items():
+                    if name.endswith(".lora_embedding") and tensor.shape[:1] == (len(places),):
+                        state[name] = tensor[places]
             elif theirs != own:
                 raise UserError(f"{folder}: {key} is {theirs}; this adapter has {own}")
         load_adapter_state(model, state, str(folder))

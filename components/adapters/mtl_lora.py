@@ -224,11 +224,11 @@ class MTLLoRA(LowRankAdapter):
             if config.get(key) != own:
                 raise UserError(f"{folder}: {key} is {config.get(key)}; this adapter has {own}")
         names = _holder(model).names
-        if sorted(found := config.get("tasks", [])) != sorted(names):
+        if sorted(found := config.get("tasks") or []) != sorted(names):
             raise UserError(f"{folder}: its tasks are {', '.join(found)}; this adapter has {', '.join(names)}")
         order = [found.index(name) for name in names]
         for name, tensor in state.items():
-            if name.endswith(PER_TASK) and len(tensor) == len(order):
+            if name.endswith(PER_TASK) and tensor.shape[:1] == (len(order),):
                 state[name] = tensor[order]
         load_adapter_state(model, state, str(folder))
 

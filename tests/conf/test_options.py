@@ -51,6 +51,7 @@ def test_option_composes_and_passes_every_check(config, group, option):
     if group == "task" and option == "sft":
         overrides += ["data=chat", "data.path=anything.jsonl"]
     text = whole_experiment(option) if group == "experiment" else ""
+    arms = re.search(r"^arms:.*\n  (\w+):", text, re.MULTILINE)  # the first of them
     if "task=dpo" in overrides or "/task: dpo" in text:
         overrides += ["data.path=anything.jsonl", "ckpt=anywhere"]
     if group == "task" and option == "rope_search":
@@ -65,7 +66,7 @@ def test_option_composes_and_passes_every_check(config, group, option):
         ("  search", "stages.search=x"),
         ("rule", "rule=yarn"),
         ("attention", "attention=own"),
-        ("arm", "arm=mixed"),
+        ("arm", f"arm={arms and arms[1]}"),
     ):
         if re.search(rf"^{key}:[ \n]", text, re.MULTILINE):  # an experiment of several stages
             overrides.append(value)

@@ -179,6 +179,8 @@ class PeftAdapter(LowRankAdapter):
 
     def save(self, model: nn.Module, folder: Path | str) -> None:
         """Write adapter_model.safetensors and adapter_config.json as PEFT lays them out; PEFT and vLLM read the folder."""
+        if self.match_parameters is not None:
+            self.r = next(layer for _, layer in adapter_layers(model) if isinstance(layer, LowRankLayer)).lora_A.out_features
         self.write_lora(model, folder, adapter_state(model), self.use_dora)
 
     def load(self, model: nn.Module, folder: Path | str) -> None:

@@ -1,11 +1,9 @@
-"""Adapters and optimizers on the real models, from the shipped configuration, at size test."""
-
-import copy
+"""Adapters and optimizers on the real models, from the shipped configuration, at size test. See also test_every_adapter.py."""
 
 import pytest
 import torch
 
-from components.adapters.base import adapter_layers, disabled, merge, parameter_roles, unmerge
+from components.adapters.base import adapter_layers
 from components.contracts import Batch
 from components.optim.groups import describe, named_parameters
 from framework.build import build, build_model, compose
@@ -32,20 +30,12 @@ def logits(model) -> torch.Tensor:
     return model.logits(model(batch()).hidden)
 
 
-def awaken(model) -> None:
-    for _, layer in adapter_layers(model):
-        torch.nn.init.normal_(layer.lora_B.weight, std=0.2)
-
-
 @pytest.mark.parametrize("model", MODELS)
-def test_default_targets_wrap_every_projection_and_start_as_identity(model):
+def test_default_targets_wrap_every_projection(model):
     _, plain, _ = parts(model)
-    _, adapted, report = parts(model, "adapter=lora")
-    assert torch.equal(logits(adapted), logits(plain))
+    _, _, report = parts(model, "adapter=lora")
     roles = {"qkv", "o", "gate_up", "down", "in_proj", "out_proj"}
     assert set(report["modules"]) == {name.removesuffix(".weight") for name, role in plain.roles().items() if role in roles}
-    assert report["trainable"] == sum(p.numel() for name, p in adapted.named_parameters() if ".lora_" in name)
-    assert set(parameter_roles(adapted)) == {name for name, _ in adapted.named_parameters()}
 
 
 @pytest.mark.parametrize("model", MODELS)
@@ -59,40 +49,6 @@ def test_every_linear_layer_is_called_as_a_module(model):
         assert (logits(adapted) - before).abs().max() > 1e-5 * before.abs().max(), name
         torch.nn.init.zeros_(layer.lora_B.weight)
     assert torch.equal(logits(adapted), before)
-
-
-@pytest.mark.parametrize("model", MODELS)
-def test_merge_unmerge_disable_and_folder(model, tmp_path):
-    config, adapted, _ = parts(model, "adapter=lora")
-    base = logits(adapted)
-    awaken(adapted)
-    weights = copy.deepcopy(adapted.state_dict())
-    expected = logits(adapted)
-    with disabled(adapted):
-        assert torch.equal(logits(adapted), base)
-    merge(adapted)
-    assert (logits(adapted) - expected).abs().max() < 1e-5 * expected.abs().max()
-    unmerge(adapted)
-    assert all(torch.equal(value, weights[name]) for name, value in adapted.state_dict().items())
-    adapter, (_, fresh, _) = build(config.adapter), parts(model, "adapter=lora")
-    adapter.save(adapted, tmp_path)
-    adapter.load(fresh, tmp_path)
-    assert torch.equal(logits(fresh), expected)
-
-
-@pytest.mark.parametrize("model", MODELS)
-def test_checkpointed_and_plain_gradients_agree_and_reach_the_adapter_alone(model):
-    gradients = []
-    for checkpointing in (False, True):
-        _, adapted, _ = parts(model, "adapter=lora", "adapter.dropout=0")
-        torch.manual_seed(1)
-        awaken(adapted)
-        adapted.train().gradient_checkpointing = checkpointing
-        logits(adapted).square().mean().backward()
-        gradients.append({name: p.grad for name, p in adapted.named_parameters() if p.grad is not None})
-    assert gradients[0].keys() == gradients[1].keys() == {n for n, _ in adapted.named_parameters() if ".lora_" in n}
-    for name, gradient in gradients[0].items():
-        torch.testing.assert_close(gradients[1][name], gradient, rtol=1e-5, atol=1e-5 * gradient.abs().max().item())
 
 
 @pytest.mark.parametrize("model", MODELS)

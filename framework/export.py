@@ -51,7 +51,7 @@ class Export:
             vLLM has one table for all rows.
         shard_bytes: files are at most this large; None: 5 GB.
         adapter: merge: the run's adapter, that of `adapter.task` where there are several, is merged into the weights. keep: the base is
-            written as it is, and beside it adapters/NAME/, a plain LoRA in PEFT's layout for `adapter.task`, or for each task.
+            written as it is, and beside it adapters/NAME/, in PEFT's layout for `adapter.task`, or for each task.
     """
 
     def __init__(
@@ -127,14 +127,14 @@ def export(
     spec = getattr(run.model, "rope_spec", None)
     if spec is not None and not spec.plain and layout.rope is None:
         raise UserError(f"rope: layout {layout.name} has no place for the RoPE rule {spec.rule!r} of {run.path}; take rope=none")
-    loras, wrapped = {}, run.model
+    kept, wrapped = {}, run.model
     if adapter == "keep":
         if not any(True for _ in adapter_layers(run.model)):
             raise UserError(f"task.adapter: keep, but {run.path} was trained without an adapter; drop the override")
-        loras = interop().plain_loras(build.build(run.cfg.adapter), run.model.cpu(), task)
+        kept = interop().kept_adapters(build.build(run.cfg.adapter), run.model.cpu(), task)
         wrapped = copy.deepcopy(run.model)
         unwrap(run.model)
-    model = without_adapter(run, None if loras else task).cpu().eval()
+    model = without_adapter(run, None if kept else task).cpu().eval()
     further = [i for i in run.tokenizer.stop_ids if i != run.tokenizer.eot_id]
     extras = {} if layout.rope is None else {"rope": spec, "stops": further, "engine": engine}
     talks = hasattr(locate(run.cfg.data._target_, (*ALLOWED, *run.cfg.allow_targets)), "chat_template")
@@ -157,13 +157,13 @@ def export(
             again.set_rope((layout.rope and layout.rope(source.about, config | numbers)) or plain_rope(spec))
         again.load_state_dict(layout.from_foreign(source.tensors, numbers))
         check_logits(model, again, to)
-        if loras:
+        if kept:
             ours = model.state_dict()
             theirs = layout.to_foreign(ours, config)
             names = interop().module_names(wrapped, ours, theirs)
-            for name, lora in loras.items():
-                interop().write_lora(folder / "adapters" / name, lora, names, theirs, str(to))
-    return Exported(len(source.tensors), notes(spec, layout, engine), usage(to, layout, engine, spec, list(loras)))
+            for name, one in kept.items():
+                interop().write_adapter(folder / "adapters" / name, one, names, theirs, str(to))
+    return Exported(len(source.tensors), notes(spec, layout, engine), usage(to, layout, engine, spec, list(kept)))
 
 
 def other_layouts(run: Run, layout: Any) -> str:
@@ -190,14 +190,11 @@ def notes(spec: Any, layout: Any, engine: str) -> list[str]:
     ]
 
 
-def usage(to: Path, layout: Any, engine: str, spec: Any, loras: list[str]) -> str:
-    """What to type next. loras: names of the adapters beside it."""
+def usage(to: Path, layout: Any, engine: str, spec: Any, beside: list[str]) -> str:
+    """What to type next. beside: names of the adapters that lie there."""
     back = f"python generate.py ckpt={to}"
-    if loras:
-        path = to / "adapters" / loras[0]
-        if engine == "vllm":
-            return f"vllm.LLM({str(to)!r}, enable_lora=True) and LoRARequest({loras[0]!r}, 1, {str(path)!r}) with each request"
-        return f"peft.PeftModel.from_pretrained(transformers.AutoModelForCausalLM.from_pretrained({str(to)!r}), {str(path)!r})"
+    if beside:
+        return str(interop().adapter_usage(engine, to, to / "adapters" / beside[0]))
     if engine == "vllm":
         length = "" if spec is None or spec.plain else f", max_model_len=N), where N is {spec.original_len} if it is left out"
         return f"vllm.LLM({str(to)!r}{length or ')'}, or here {back}"

@@ -18,7 +18,7 @@ PLAIN = {"use_dora": False, "bias": "none", "modules_to_save": None}  # what vLL
 Lora = tuple[dict[str, Any], dict[str, Tensor]]  # adapter_config.json and the tensors by parameter name
 
 
-def plain_loras(adapter: Any, model: nn.Module, task: str | int | None) -> dict[str, Lora]:
+def kept_adapters(adapter: Any, model: nn.Module, task: str | int | None) -> dict[str, Lora]:
     """The plain LoRAs that an adapter option comes to on `model`, by task, or under the name `adapter` where it has none.
 
     task: that one alone. Raises UserError for an adapter that is none, or is more than that.
@@ -61,7 +61,7 @@ def module_names(model: nn.Module, ours: Mapping[str, Tensor], theirs: Mapping[s
     return names
 
 
-def write_lora(folder: Path, lora: Lora, names: Mapping[str, str], theirs: Mapping[str, Tensor], base: str) -> None:
+def write_adapter(folder: Path, lora: Lora, names: Mapping[str, str], theirs: Mapping[str, Tensor], base: str) -> None:
     """Write one LoRA for the base that lies in the folder `base`. names: see `module_names`; theirs: all tensors of the base."""
     config, state = lora
     last = sorted({name.rpartition(".")[2] for name in names.values()})
@@ -73,3 +73,10 @@ def write_lora(folder: Path, lora: Lora, names: Mapping[str, str], theirs: Mappi
         module, _, rest = key.removeprefix(KEY_PREFIX).partition(".lora_")
         renamed[f"{KEY_PREFIX}{names[module]}.lora_{rest}"] = tensor
     write_folder(folder, config, renamed)
+
+
+def adapter_usage(engine: str, base: Path, folder: Path) -> str:
+    """What to type to load the base and the adapter in `folder` beside it."""
+    if engine == "vllm":
+        return f"vllm.LLM({str(base)!r}, enable_lora=True) and LoRARequest({folder.name!r}, 1, {str(folder)!r}) with each request"
+    return f"peft.PeftModel.from_pretrained(transformers.AutoModelForCausalLM.from_pretrained({str(base)!r}), {str(folder)!r})"

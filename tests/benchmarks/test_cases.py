@@ -134,7 +134,8 @@ def test_static_steps_equal_plain_steps(name):
     torch.manual_seed(0)
     model = model_named(name)
     assert decode.step_difference(model, 3, 21, torch.float32) < 1e-6  # measured over 5 seeds: at most 4e-7
-    assert decode.step_difference(model, 3, 21, torch.bfloat16) < 1e-3  # measured: 0; bfloat16 itself is 8e-3 away from float32
+    # Measured: 0 where the CPU multiplies bfloat16, 5e-3 where it does not; bfloat16 itself is 8e-3 away from float32.
+    assert decode.step_difference(model, 3, 21, torch.bfloat16) < 8e-3
 
 
 def test_a_step_that_lost_its_state_is_found_out(monkeypatch):

@@ -119,7 +119,7 @@ def test_what_cannot_be_written_names_the_way_out(runs, export, tmp_path):
     chat.model.set_rope(Dynamic(factor=4.0, target_len=None).spec(12, 10000.0, 24))
     refused(chat, to, "changes tables at [24, 48, 72] tokens", *ways)
     with pytest.raises(UserError, match=r"task\.shard_bytes: 0"):
-        Export(None, None, "vllm", 0)
+        Export(None, None, "vllm", 0, "merge")
     to.mkdir()
     (to / "mine").touch()
     refused(window, to, "task.to:", "is not empty")

@@ -131,6 +131,8 @@ def export(
     if adapter == "keep":
         if not any(True for _ in adapter_layers(run.model)):
             raise UserError(f"task.adapter: keep, but {run.path} was trained without an adapter; drop the override")
+        if any(layer.merged for _, layer in adapter_layers(run.model)):
+            raise UserError("task.adapter: keep, but adapter.merge: true puts the adapter into the weights; drop one of them")
         kept = interop().kept_adapters(build.build(run.cfg.adapter), run.model.cpu(), task)
         wrapped = copy.deepcopy(run.model)
         unwrap(run.model)
@@ -252,7 +254,8 @@ def new_folder(to: Path, key: str) -> Iterator[Path]:
     to = to.resolve()  # a link to an empty folder: the folder is replaced, not the link
     temporary = to.parent / f".{to.name}.{os.getpid()}.tmp"
     for left in to.parent.glob(f".{glob.escape(to.name)}.*.tmp"):  # by a process that was killed
-        if not is_alive(int(left.suffixes[-2][1:])):
+        number = left.name.removeprefix(f".{to.name}.").removesuffix(".tmp")
+        if number.isdecimal() and not is_alive(int(number)):
             shutil.rmtree(left, ignore_errors=True)
     try:
         temporary.mkdir(parents=True)

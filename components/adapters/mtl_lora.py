@@ -224,12 +224,19 @@ class MTLLoRA(LowRankAdapter):
             if config.get(key) != own:
                 raise UserError(f"{folder}: {key} is {config.get(key)}; this adapter has {own}")
         names = _holder(model).names
-        if sorted(found := config.get("tasks") or []) != sorted(names):
+        found = config.get("tasks")
+        if not isinstance(found, list) or not all(isinstance(name, str) for name in found):
+            raise UserError(f"{folder}: tasks is {found!r}; a list of names is needed")
+        if sorted(found) != sorted(names):
             raise UserError(f"{folder}: its tasks are {', '.join(found)}; this adapter has {', '.join(names)}")
         order = [found.index(name) for name in names]
         for name, tensor in state.items():
             if name.endswith(PER_TASK) and tensor.shape[:1] == (len(order),):
                 state[name] = tensor[order]
+        for name in [name for name in adapter_state(model) if name.endswith("_new")]:  # rows of a task that was added; `save` joins them
+            old = name.removesuffix("_new")
+            if old in state and state[old].dim():
+                state[old], state[name] = state[old][:-1], state[old][-1:]
         load_adapter_state(model, state, str(folder))
 
     def load_reference(self, model: nn.Module, file: Path | str) -> None:
@@ -241,7 +248,7 @@ class MTLLoRA(LowRankAdapter):
             found = torch.load(file, map_location="cpu", weights_only=True)
         except Exception as error:  # torch raises RuntimeError, UnpicklingError, OSError, EOFError ... for what is no such file
             raise UserError(f"{file}: cannot be read ({str(error).splitlines()[0]}); a file of tensors by name is needed") from None
-        if not isinstance(found, dict) or not all(isinstance(value, Tensor) for value in found.values()):
+        if not isinstance(found, dict) or not all(isinstance(key, str) and isinstance(value, Tensor) for key, value in found.items()):
             raise UserError(f"{file}: holds other things than tensors by name")
         state = {name.removeprefix("module."): tensor for name, tensor in found.items()}
         for name, tensor in state.items():
@@ -255,6 +262,8 @@ class MTLLoRA(LowRankAdapter):
         Lambda_t goes to B and not to A, since so the blocks of a fused projection need no more rank, and all tasks share one A.
         """
         chosen = _holder(model).index(task)
+        if others := [name for name, layer in adapter_layers(model) if not isinstance(layer, MTLLoRALayer)]:
+            raise UserError(f"adapter: {others[0]} has another one, which no folder of this adapter holds; merge instead")
         if chosen < 0:
             raise UserError(f"adapter.task: {task} means no adapter; there is nothing to export")
         state = {name: tensor for name, tensor in adapter_state(model).items() if ".lora_" not in name}

@@ -18,7 +18,7 @@ from components.data.templates import PromptTemplate
 MIXING = ("proportional", "uniform", "temperature")
 KEYS = ("path", "val_path", "weight")
 FIELDS = (("instruction", "output"), ("prompt", "completion"))  # the question and the answer of a row, under their names
-_NAME = re.compile(r"\w[\w.-]*")  # it becomes a part of metrics' names
+_NAME = re.compile(r"(?!\d+$)\w[\w.-]*")  # a part of metrics' names, and a number alone would be an id
 
 
 class Question(NamedTuple):
@@ -130,7 +130,7 @@ class MultitaskData(TaskData):
 def _task(name: Any, node: Any) -> tuple[str, Entry, Entry | None]:
     """(key, what is trained on, what is held out) of an entry of `data.tasks`."""
     if not isinstance(name, str) or not _NAME.fullmatch(name):
-        raise UserError(f"data.tasks: {name!r} is no name of a task; letters, digits and _ . - are allowed, and a digit alone in quotes")
+        raise UserError(f"data.tasks: {name!r} is no name of a task; letters, digits and _ . - are allowed, but no number alone")
     key = f"data.tasks.{name}"
     node = {"path": node} if isinstance(node, str) else node
     if not isinstance(node, Mapping):

@@ -65,7 +65,7 @@ class Samples(StepCallback):
 def sample_writer(model: Model, tokenizer: Tokenizer, data: Data, prompt: str | None, max_new_tokens: int, seed: int) -> Callable[[], str]:
     """A function that continues `prompt` (None: the beginning of the held-out text) with the model as it then is.
 
-    Of an adapter with tasks the first one speaks; the next batch brings its own ids.
+    Of an adapter with tasks the first one speaks.
     """
 
     def write() -> str:
@@ -73,11 +73,13 @@ def sample_writer(model: Model, tokenizer: Tokenizer, data: Data, prompt: str | 
 
         holder, task = task_ids(model), None  # type: ignore[arg-type]
         if holder is not None and len(holder):
+            before, task = holder.said[0], holder.names[0]
             holder.set(0)
-            task = holder.names[0]
         ids = held_out_prompt(data, task) if prompt is None else Renderer(tokenizer, data)(prompt)
         params = SamplingParams(max_new_tokens=max_new_tokens, temperature=TEMPERATURE, top_p=TOP_P, seed=seed)
         (completion,) = NativeEngine(model, tokenizer).generate([ids], params)
+        if task is not None and holder is not None:
+            holder.set(before)
         return f"{tokenizer.decode(ids[1:])}[...]{completion.text}"
 
     return write

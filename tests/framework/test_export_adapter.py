@@ -83,6 +83,11 @@ def test_one_task_alone(export, tmp_path):
     assert [path.name for path in (tmp_path / "hf" / "adapters").iterdir()] == ["sort"]
 
 
+def test_merged_and_kept_exclude_each_other(export, tmp_path):
+    code, err = export("lora", "adapter.merge=true")
+    assert code == 2 and "adapter.merge: true puts the adapter into the weights; drop one of them" in err and not (tmp_path / "hf").exists()
+
+
 @pytest.mark.parametrize(
     ("name", "words"),
     [

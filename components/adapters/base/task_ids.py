@@ -68,7 +68,8 @@ class TaskIds:
             self._check(task)
         else:
             self.some_off = True
-        self.ids = task
+            task = task.clamp_min(OFF)  # never another task for an id that there is not
+        self.ids = task.long()
 
     def _check(self, ids: Tensor) -> None:
         if ids.is_floating_point() or ids.dtype == torch.bool or ids.dim() > 2 or not ids.numel():

@@ -233,7 +233,7 @@ def merge(model: nn.Module, task: int | str | None = None) -> dict[str, float]:
         weight.copy_(exact)
         lost = max(lost, (exact - weight).abs().max().item())
     if pending:
-        pending[0][1].task_ids.merged = chosen
+        pending[0][1].task_ids.merged = chosen  # of the holder that all share
     return {"modules": len(pending), "max_rounding": lost}
 
 
@@ -253,6 +253,9 @@ def _task_to_merge(model: nn.Module, task: int | str | None) -> int | None:
         raise UserError(f"adapter.task: {chosen} means no adapter; there is nothing to merge")
     if holder.merged is not None and holder.merged != chosen:
         raise UserError(f"adapter.task: {holder.names[chosen]!r}, but {holder.names[holder.merged]} is merged already; unmerge it first")
+    said = holder.said[0]
+    if said is not None and bool((said != chosen).any()):
+        raise UserError(f"adapter.task: {holder.names[chosen]!r} is to be merged, but the ids that were set mean other tasks; set it first")
     return chosen
 
 
@@ -310,7 +313,8 @@ def _shared_ids(model: nn.Module, tasks: Sequence[str]) -> TaskIds:
     """The model's holder, or a new one. Raises UserError for names twice, and for others than an adapter beside this one has."""
     if len(set(tasks)) < len(tasks):
         raise UserError(f"adapter.tasks: {', '.join(tasks)}; a name stands there twice")
-    holder = task_ids(model) or TaskIds(tasks)
+    known = task_ids(model)
+    holder = TaskIds(tasks) if known is None else known  # one without names is false, and shared all the same
     if tasks and holder.names != tuple(tasks):
         if holder.names:
             raise UserError(f"adapter.tasks: {', '.join(tasks)}, but the adapter beside it has {', '.join(holder.names)}")

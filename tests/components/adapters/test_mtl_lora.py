@@ -394,6 +394,11 @@ def test_a_task_added_leaves_the_others_bit_for_bit(tmp_path, source, by_token):
     again.apply(other)
     again.load(other, tmp_path)
     assert torch.equal(outputs(other, ["new"])[0], after)
+    with torch.no_grad():
+        for name in trained:
+            model.get_parameter(name).zero_()
+    adapter.load(model, tmp_path)  # into rows that are parameters of their own
+    assert torch.equal(outputs(model, ["new"])[0], after)
     adapter.add_task(model, "newer", "new")
     assert torch.equal(outputs(model, ["newer"])[0], after)
     for name in ("a", "newer", "mean"):

@@ -8,7 +8,7 @@ from torch import Tensor, nn
 
 from components.adapters.base import OFF, TaskIds, adapter_layers, merge, task_ids
 from components.contracts import Batch, ModelOutput, UserError
-from tests.components.adapters.helpers import Toy, awaken, ids, mtl_lora
+from tests.components.adapters.helpers import Toy, awaken, ids, lora, mtl_lora
 
 NAMES = ("boolq", "piqa", "arc")
 
@@ -207,3 +207,27 @@ def test_two_adapters_side_by_side_must_have_the_same_tasks():
     mtl_lora(tasks=["a", "b"], targets=["o_proj"]).apply(model)
     assert "a, c, but the adapter beside it has a, b" in said(lambda: mtl_lora(tasks=["a", "c"], targets=["qkv_proj"]).apply(model))
     assert "a name stands there twice" in said(lambda: mtl_lora(tasks=["a", "a"]).apply(Toy()))
+
+
+def test_one_holder_whichever_adapter_comes_first_and_no_task_answers_for_another():
+    model = nn.ModuleDict({"a": nn.Linear(4, 4), "b": nn.Linear(4, 4)})
+    lora(targets=["a"]).apply(model)
+    mtl_lora(targets=["b"], tasks=("one", "two")).apply(model)
+    holder = task_ids(model)
+    assert all(layer.task_ids is holder for _, layer in adapter_layers(model))
+    holder.set("two")
+    with pytest.raises(UserError, match="'one' is to be merged, but the ids that were set mean other tasks"):
+        merge(model, "one")
+    holder.set("one")
+    merge(model, "one")
+    with pytest.raises(UserError, match="one is merged already"):
+        merge(model, "two")
+    with pytest.raises(UserError, match="is merged into the weights"):
+        holder.set("two")
+
+
+@pytest.mark.parametrize("dtype", [torch.int32, torch.uint8, torch.int16])
+def test_whole_numbers_of_any_width(dtype):
+    holder = TaskIds(("one", "two"))
+    holder.set(torch.tensor([1, 0], dtype=dtype))
+    assert holder.ids.dtype == torch.int64 and holder.ids.tolist() == [1, 0]

@@ -91,7 +91,7 @@ def test_cell(bench, outcome_of, cell):
 def test_no_option_is_without_effect(bench, outcome_of):
     found = [outcome_of(cell) for cell in cross_cells()]
     mark_twins(found, bench.twins)
-    assert not [o.problems for o in found if o.problems]
+    assert not [(label(o.cell), o.problems) for o in found if o.problems]
 
 
 @pytest.mark.parametrize("rule", [pytest.param(rule, id=str(rule.cell)) for rule in LISTED if rule.holds_here])

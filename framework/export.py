@@ -5,7 +5,6 @@ Nothing appears under the given name before it was read back and gave the same l
 
 from __future__ import annotations
 
-import copy
 import glob
 import os
 import shutil
@@ -127,14 +126,13 @@ def export(
     spec = getattr(run.model, "rope_spec", None)
     if spec is not None and not spec.plain and layout.rope is None:
         raise UserError(f"rope: layout {layout.name} has no place for the RoPE rule {spec.rule!r} of {run.path}; take rope=none")
-    kept, wrapped = {}, run.model
+    kept, wrapped = {}, [name for name, _ in adapter_layers(run.model)]
     if adapter == "keep":
-        if not any(True for _ in adapter_layers(run.model)):
+        if not wrapped:
             raise UserError(f"task.adapter: keep, but {run.path} was trained without an adapter; drop the override")
         if any(layer.merged for _, layer in adapter_layers(run.model)):
             raise UserError("task.adapter: keep, but adapter.merge: true puts the adapter into the weights; drop one of them")
         kept = interop().kept_adapters(build.build(run.cfg.adapter), run.model.cpu(), task)
-        wrapped = copy.deepcopy(run.model)
         unwrap(run.model)
     model = without_adapter(run, None if kept else task).cpu().eval()
     further = [i for i in run.tokenizer.stop_ids if i != run.tokenizer.eot_id]

@@ -4,13 +4,13 @@ from __future__ import annotations
 
 import re
 import tempfile
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
 from torch import Tensor, nn
 
-from components.adapters.base import adapter_layers, task_ids
+from components.adapters.base import task_ids
 from components.adapters.base.peft_files import KEY_PREFIX, read_folder, write_folder
 from components.contracts import UserError
 
@@ -45,14 +45,14 @@ def kept_adapters(adapter: Any, model: nn.Module, task: str | int | None) -> dic
     return found
 
 
-def module_names(model: nn.Module, ours: Mapping[str, Tensor], theirs: Mapping[str, Tensor]) -> dict[str, str]:
+def module_names(wrapped: Iterable[str], ours: Mapping[str, Tensor], theirs: Mapping[str, Tensor]) -> dict[str, str]:
     """{our name of a wrapped module: theirs}. ours, theirs: the same tensors under both names, as a layout's `to_foreign` gives them.
 
     Raises UserError for a module whose weight the layout stores otherwise than as it is.
     """
     places = {(tensor.data_ptr(), tensor.shape): name for name, tensor in theirs.items()}
     names: dict[str, str] = {}
-    for name, _ in adapter_layers(model):
+    for name in wrapped:
         weight = ours[f"{name}.weight"]
         place = places.get((weight.data_ptr(), weight.shape))
         if place is None:

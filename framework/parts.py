@@ -38,12 +38,7 @@ def build_parts(config: DictConfig, run_dir: Path, resuming: bool) -> Parts:
     own = run_dir / "tokenizer"
     given = source.tokenizer if source is not None else SavedTokenizer.load(own) if resuming and own.is_dir() else None
     data.prepare(cache_dir, given)
-    if source is not None:
-        model = without_adapter(source)
-        config.model.vocab_size = model.vocab_size
-    else:
-        model = build.build_model(config, data.tokenizer.vocab_size)
-    build.build(config.adapter).apply(model)
+    model = start_model(config, data.tokenizer, source)
     model.train()
     model.gradient_checkpointing = bool(config.gradient_checkpointing)
     if file is not None and (difference := mismatch(model, model_weights(read_checkpoint(file)))):
@@ -52,6 +47,26 @@ def build_parts(config: DictConfig, run_dir: Path, resuming: bool) -> Parts:
     if file is not None and not config.resume_force:
         check_same_data(data_state, run_dir, config)
     return Parts(data, data.tokenizer, model, file, checkpoint_step(file) if file is not None else 0, data_state)
+
+
+def start_model(config: DictConfig, tokenizer: Tokenizer, source: build.Run | None) -> Any:
+    """The model with its adapter: a fresh one, or that of the run of `ckpt=`, whose head then stands in the configuration too.
+
+    What an adapter of that run learned goes into the weights, and a new adapter begins; but one with several tasks, which no weights can
+    hold, is gone on with where the configuration has the same. Raises UserError where it has another.
+    """
+    if source is None:
+        model = build.build_model(config, tokenizer.vocab_size)
+    else:
+        model = source.model
+        config.model.vocab_size = model.vocab_size
+        holder = task_ids(model)
+        if holder is not None and len(holder) > 1 and build.plain(config.adapter) == build.plain(source.cfg.adapter):
+            say(f"ckpt: going on with the adapter of {source.path} and its {len(holder)} tasks")
+            return model
+        model = without_adapter(source)
+    build.build(config.adapter).apply(model)
+    return model
 
 
 def without_adapter(run: build.Run, task: str | int | None = None) -> Any:
@@ -63,8 +78,9 @@ def without_adapter(run: build.Run, task: str | int | None = None) -> Any:
     holder = task_ids(run.model)
     if task is None and holder is not None and len(holder) > 1:
         raise UserError(
-            f"ckpt: {run.path} has an adapter with {len(holder)} tasks ({', '.join(holder.names)}), each with weights of its own; write "
-            f"those of one by python generate.py task=export adapter.task=NAME ckpt={run.path}, and start from that folder"
+            f"ckpt: {run.path} has an adapter with {len(holder)} tasks ({', '.join(holder.names)}), each with weights of its own; go on "
+            "with the same adapter and tasks, or write the weights of one by python generate.py task=export adapter.task=NAME "
+            f"ckpt={run.path} and start from that folder"
         )
     if merge(run.model, task)["modules"]:
         say(f"ckpt: the adapter of {run.path} was merged into its weights")

@@ -18,6 +18,7 @@ import torch
 from omegaconf import DictConfig, OmegaConf
 from torch import Tensor
 
+from components.adapters.base import task_ids
 from components.contracts import IGNORE, Batch, Data, Tokenizer, UserError
 from framework import build, runtime
 from framework.estimate import count_parameters
@@ -94,6 +95,16 @@ def check_procedure(config: DictConfig, parts: Parts) -> None:
     """Raise UserError for what the configured procedure, or any, cannot work with."""
     place(config)
     build.build(config.task).check(config, parts)
+
+
+def refuse_several_tasks(parts: Parts) -> None:
+    """Raise UserError for an adapter with several tasks, which is several models."""
+    holder = task_ids(parts.model)
+    if holder is not None and len(holder) > 1:
+        raise UserError(
+            f"adapter: it has {len(holder)} tasks ({', '.join(holder.names)}), and this task works on one model; write that of one by "
+            "python generate.py task=export adapter.task=NAME ckpt=RUN_DIR, and take that folder as ckpt"
+        )
 
 
 def run_procedure(config: DictConfig, run_dir: Path, parts: Parts, resuming: bool) -> dict[str, float]:

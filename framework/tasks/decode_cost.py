@@ -12,13 +12,15 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 import torch
+from omegaconf import DictConfig
 from torch import Tensor
 
 from components.contracts import Batch, UserError
 from components.decode_state import DecodeState
 from components.decoding.graph_step import StaticStep
 from framework.build import read_config
-from framework.procedure import Context, Procedure, autocast, refuse_unheard, text_ids
+from framework.parts import Parts
+from framework.procedure import Context, Procedure, autocast, refuse_several_tasks, refuse_unheard, text_ids
 
 WARM_UP = 2  # tokens of each turn that are not counted: the first meets caches full of another position's state
 
@@ -70,6 +72,10 @@ class DecodeCost(Procedure):
             raise UserError(f"task.positions: {positions}; at least two different positions are allowed, to compare them")
         self.positions = sorted(set(positions))
         self.tokens, self.repeats, self.prefill_chunk = tokens, repeats, prefill_chunk
+
+    def check(self, config: DictConfig, parts: Parts) -> None:
+        """Refuse what is several models."""
+        refuse_several_tasks(parts)
 
     def run(self, context: Context) -> dict[str, float]:
         """Measure; rows of metrics.csv are one a position."""

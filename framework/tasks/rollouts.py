@@ -99,15 +99,19 @@ class Rollouts:
             f"accuracy {metrics['accuracy']:.4f} +- {metrics['accuracy_se']:.4f} (standard error) over {len(answered)} problems, "
             f"{self.n} answer(s) each; {metrics['finished']:.1%} ended by themselves; {metrics['seconds']:.0f} s"
         )
+        chosen = f"adapter.task={context.task} " if context.task is not None else ""
         if measured_only:
             whose = "" if self.source is None else f"task.problems={self.source} "
-            say(f"next, pairs from training problems: python generate.py task=rollouts n=4 {whose}ckpt={context.run.path}")
+            say(f"next, pairs from training problems: python generate.py task=rollouts n=4 {whose}{chosen}ckpt={context.run.path}")
             return metrics
         written = sum(row["source"] == "solution" for row in rows)
         if rows:
             form = "data.form=chat " if render.chat else ""
             say(f"{len(rows)} pairs in {path}: chosen are {len(rows) - written} of the run's own right answers and {written} solutions")
-            say(f"next: python train.py task=dpo data=preference {form}data.path={path} ckpt={context.run.path}")
+            start = f"ckpt={context.run.path}"
+            if chosen:  # the weights of several tasks cannot be trained as one model
+                start = f"ckpt=DIR, with DIR from python generate.py task=export task.to=DIR {chosen}{start}"
+            say(f"next: python train.py task=dpo data=preference {form}data.path={path} {start}")
         else:
             path.unlink()
             say("no finished answer was wrong, so that there are no pairs; sample hotter (decode.temperature) or give harder problems")

@@ -20,7 +20,7 @@ from components.search.space import Space
 from components.search.variation import Evolution
 from framework.build import read_config
 from framework.parts import Parts
-from framework.procedure import Context, Procedure, autocast, refuse_unheard, text_ids
+from framework.procedure import Context, Procedure, autocast, refuse_several_tasks, refuse_unheard, text_ids
 from framework.rope_options import hydra, rope_spec, rope_words
 from framework.runs import typed_before
 from framework.search_report import FOUND, SearchProgress, say_table, write_plots, write_result, write_tables
@@ -86,6 +86,7 @@ class RopeSearch(Procedure):
         refuse_unheard(config)
         if not config.ckpt:
             raise UserError("ckpt: null; random weights read nothing, with any factors; give a trained run, ckpt=RUN_DIR, or ckpt=last")
+        refuse_several_tasks(parts)
         space = self.space(parts.model)
         self.deployed(space, [space.factor] * space.size)
         self.rules(space)

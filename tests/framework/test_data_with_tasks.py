@@ -16,6 +16,7 @@ from components.contracts import Batch, UserError
 from framework.build import ConfigErrors, compose, load_run
 from framework.callbacks.samples import sample_writer
 from framework.parts import build_parts, without_adapter
+from framework.procedure import check_procedure
 from framework.prompts import Renderer
 from framework.resolvers import task_names
 from framework.train import train
@@ -241,6 +242,22 @@ def test_training_on_from_several_tasks_is_refused(home, run, tmp_path):
     assert not len(task_ids(model)) and not any("lora" in name for name, _ in model.named_parameters())
 
 
+def test_training_on_with_the_same_adapter_goes_on_with_its_weights(home, run, tmp_path):
+    """The adapter's weights are those of the run and train on, its base stays; with another rank it is another adapter."""
+    before = load_run(run).model.state_dict()
+    config = compose("train", words(home, *ADAPTED, f"ckpt={run}", "trainer.max_steps=2"))
+    parts = build_parts(config, tmp_path / "parts", False)
+    assert all(torch.equal(value, before[key]) for key, value in parts.model.state_dict().items())
+    assert all(parameter.requires_grad == ("lora_" in name) for name, parameter in parts.model.named_parameters())
+    train(config, tmp_path / "run")
+    after = load_run(tmp_path / "run").model.state_dict()
+    changed = {key for key, value in after.items() if not torch.equal(value, before[key])}
+    assert changed and all("lora_" in key for key in changed)
+    other = compose("train", words(home, *ADAPTED, "adapter.r=3", f"ckpt={run}"))
+    with pytest.raises(UserError, match="go on with the same adapter and tasks"):
+        build_parts(other, tmp_path / "other", False)
+
+
 def test_samples_of_a_run_with_tasks(home, run):
     """The first task speaks, whatever ids the last batch left behind."""
     config = compose("train", words(home, *ADAPTED))
@@ -250,3 +267,11 @@ def test_samples_of_a_run_with_tasks(home, run):
     text = sample_writer(parts.model.eval(), parts.tokenizer, parts.data, None, 4, 1)()
     assert " + " in text and torch.equal(holder.ids, torch.full((4, 64), 2))  # as before
     assert Renderer(parts.tokenizer, parts.data)("1 + 1") == [parts.tokenizer.eot_id, *b"Do 1 + 1: "]
+
+
+def test_what_works_on_one_model_refuses_several_tasks(home, run, tmp_path):
+    for task in ("decode_cost", "rope_search"):
+        extra = ["task.target_len=128"] if task == "rope_search" else []
+        config = compose("train", words(home, *ADAPTED, f"ckpt={run}", f"task={task}", *extra))
+        with pytest.raises(UserError, match=r"adapter: it has 3 tasks \(plus, minus, times\).*task=export adapter.task=NAME"):
+            check_procedure(config, build_parts(config, tmp_path, False))

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import argparse
-import csv
 import json
 import math
 import sys
@@ -18,6 +17,7 @@ from rich.table import Table
 from components.contracts import UserError
 from components.scaling.lr_law import LEVEL, PAPER_SLOPE, Law, Optimum, fit_law, optimum
 from framework.arms import read_jobs
+from framework.command import command_parser, read_table, run_command
 from framework.runs import replace_file
 
 COLUMNS = ("tokens", "lr", "loss")
@@ -31,36 +31,19 @@ EXAMPLES = """examples:
 """
 
 
-def arguments(argv: list[str] | None) -> argparse.Namespace:
-    """Parse the words of the command line."""
-    parser = argparse.ArgumentParser(
-        prog="python -m framework.lr_law",
-        description="Fit the best learning rate as B * tokens^slope: B with the slope given, and the free slope beside it.",
-        epilog=EXAMPLES, formatter_class=argparse.RawDescriptionHelpFormatter,
-    )  # fmt: skip
-    parser.add_argument("folders", nargs="*", metavar="DIR", help="sweeps over optimizer.lr and the length of the run")
-    parser.add_argument("--csv", metavar="FILE", help=f"instead of folders: a table with the columns {', '.join(COLUMNS)}")
-    parser.add_argument(
-        "--slope", type=float, default=PAPER_SLOPE, help=f"the slope that B is fitted with (default: {PAPER_SLOPE}, arXiv 2503.01743)"
-    )
-    parser.add_argument(
-        "--tokens", type=float, metavar="N", help="tokens of the run that the rate is wanted for (default: the longest one's)"
-    )
-    parser.add_argument("--metric", default="val/loss", help="figure of metrics.json that is to be low (default: val/loss)")
-    parser.add_argument("--out", metavar="DIR", help="where the files go (default: the first folder, or that of the table)")
-    parser.add_argument("--traceback", action="store_true", help="show the traceback of an error")
-    return parser.parse_args(argv)
-
-
 def main(argv: list[str] | None = None) -> int:
     """Run the command and return its exit code."""
-    words = arguments(argv)
-    try:
-        return report(words)
-    except (Exception, KeyboardInterrupt) as error:
-        from framework.entry import report as report_error
-
-        return report_error(error, words.traceback)
+    parser = command_parser(
+        "lr_law", "Fit the best learning rate as B * tokens^slope: B with the slope given, and the free slope beside it.", EXAMPLES
+    )
+    add = parser.add_argument
+    add("folders", nargs="*", metavar="DIR", help="sweeps over optimizer.lr and the length of the run")
+    add("--csv", metavar="FILE", help=f"instead of folders: a table with the columns {', '.join(COLUMNS)}")
+    add("--slope", type=float, default=PAPER_SLOPE, help=f"the slope that B is fitted with (default: {PAPER_SLOPE}, arXiv 2503.01743)")
+    add("--tokens", type=float, metavar="N", help="tokens of the run that the rate is wanted for (default: the longest one's)")
+    add("--metric", default="val/loss", help="figure of metrics.json that is to be low (default: val/loss)")
+    add("--out", metavar="DIR", help="where the files go (default: the first folder, or that of the table)")
+    return run_command(parser, argv, report)
 
 
 def report(words: argparse.Namespace) -> int:
@@ -69,7 +52,7 @@ def report(words: argparse.Namespace) -> int:
         raise UserError("DIR: give folders of a sweep, or --csv FILE, and not both; see --help")
     if words.tokens is not None and not 0 < words.tokens < math.inf:
         raise UserError(f"--tokens: {words.tokens}; must be a number above 0")
-    rows = read_table(Path(words.csv)) if words.csv else read_runs([Path(folder) for folder in words.folders], words.metric)
+    rows = read_rows(Path(words.csv)) if words.csv else read_runs([Path(folder) for folder in words.folders], words.metric)
     found, left_out = optima(rows)
     console = Console(width=140, highlight=False)
     console.print(table(found, rows))
@@ -115,30 +98,18 @@ def read_runs(folders: Sequence[Path], metric: str) -> Rows:
     return rows
 
 
-def read_table(path: Path) -> Rows:
+def read_rows(path: Path) -> Rows:
     """(tokens, lr, loss) of every line of a CSV file. Raises UserError naming the line."""
-    try:
-        with path.open(newline="", encoding="utf-8-sig") as file:
-            reader = csv.DictReader(file)
-            if missing := [column for column in COLUMNS if column not in (reader.fieldnames or ())]:
-                raise UserError(
-                    f"--csv: {path} has no column {', '.join(missing)}; its columns are {', '.join(reader.fieldnames or ['none'])}"
-                )
-            rows = []
-            for number, row in enumerate(reader, start=2):
-                try:
-                    values = [float(row[column]) for column in COLUMNS]
-                except (TypeError, ValueError):
-                    values = [math.nan]
-                if not all(map(math.isfinite, values)) or min(values[:2]) <= 0:
-                    raise UserError(
-                        f"--csv: {path}: line {number} is {', '.join(map(str, row.values()))}; tokens and lr are above 0, loss a number"
-                    )
-                rows.append((values[0], values[1], values[2]))
-    except (OSError, UnicodeDecodeError) as error:
-        raise UserError(f"--csv: {str(path)!r} cannot be read ({error})") from error
-    if not rows:
-        raise UserError(f"--csv: {path} has no rows; give tokens, lr and loss of every run")
+    rows: Rows = []
+    for number, row in enumerate(read_table(path, "--csv", COLUMNS), start=2):
+        try:
+            tokens, rate, loss = (float(row[column]) for column in COLUMNS)
+        except ValueError:
+            tokens = rate = loss = math.nan
+        if not all(map(math.isfinite, (tokens, rate, loss))) or min(tokens, rate) <= 0:
+            shown = ", ".join(map(str, row.values()))
+            raise UserError(f"--csv: {path}: line {number} is {shown}; tokens and lr are above 0, loss a number")
+        rows.append((tokens, rate, loss))
     return rows
 
 

@@ -13,6 +13,7 @@ from omegaconf import DictConfig
 from torch import nn
 
 from components.contracts import UserError
+from framework.command import command_parser, run_command
 
 EXAMPLES = """examples:
   python -m framework.optimizer_report                                  the default run
@@ -72,21 +73,15 @@ def state_report(words: Sequence[str]) -> str:
 
 def main(argv: list[str] | None = None) -> int:
     """Run the command and return its exit code."""
-    parser = argparse.ArgumentParser(
-        prog="python -m framework.optimizer_report",
-        description="Say what the state of the optimizer will take, by parameter and under other rules. No weights are allocated.",
-        epilog=EXAMPLES, formatter_class=argparse.RawDescriptionHelpFormatter,
-    )  # fmt: skip
+    description = "Say what the state of the optimizer will take, by parameter and under other rules. No weights are allocated."
+    parser = command_parser("optimizer_report", description, EXAMPLES)
     parser.add_argument("words", nargs="*", metavar="WORD", help="overrides, as train.py takes them")
-    parser.add_argument("--traceback", action="store_true", help="show the traceback of an error")
-    arguments = parser.parse_args(argv)
-    try:
-        print(state_report(arguments.words))
-    except (Exception, KeyboardInterrupt) as error:
-        from framework.entry import report
 
-        return report(error, arguments.traceback)
-    return 0
+    def show(given: argparse.Namespace) -> int:
+        print(state_report(given.words))
+        return 0
+
+    return run_command(parser, argv, show)
 
 
 if __name__ == "__main__":

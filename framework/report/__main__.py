@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from components.contracts import UserError
+from framework.command import command_parser, run_command
 from framework.runs import replace_file
 
 if TYPE_CHECKING:
@@ -26,32 +27,17 @@ EXAMPLES = """examples:
 """
 
 
-def arguments(argv: list[str] | None) -> argparse.Namespace:
-    """Parse the words of the command line."""
-    parser = argparse.ArgumentParser(
-        prog="python -m framework.report",
-        description="Report on runs: tables, curves with spread over seeds, paired differences, failures.",
-        epilog=EXAMPLES, formatter_class=argparse.RawDescriptionHelpFormatter,
-    )  # fmt: skip
-    parser.add_argument("folders", nargs="*", metavar="DIR", help="a sweep, a run, or any folder with runs below it")
-    parser.add_argument("--out", metavar="DIR", help="where the files go (default: the folder itself; of several, the one above all)")
-    parser.add_argument("--metric", help="figure of metrics.json to compare by (default: the runs' optimized_metric)")
-    parser.add_argument("--higher-is-better", action="store_true", help="of that figure (default: lower)")
-    parser.add_argument("--wandb", metavar="ENTITY/PROJECT", help="build a W&B report too; needs an API key and the extra 'report'")
-    parser.add_argument("--matrix", action="store_true", help="publish the interchange matrix (default of --out: docs)")
-    parser.add_argument("--traceback", action="store_true", help="show the traceback of an error")
-    return parser.parse_args(argv)
-
-
 def main(argv: list[str] | None = None) -> int:
     """Run the command and return its exit code."""
-    words = arguments(argv)
-    try:
-        return matrix(words) if words.matrix else build(words)
-    except (Exception, KeyboardInterrupt) as error:
-        from framework.entry import report
-
-        return report(error, words.traceback)
+    parser = command_parser("report", "Report on runs: tables, curves with spread over seeds, paired differences, failures.", EXAMPLES)
+    add = parser.add_argument
+    add("folders", nargs="*", metavar="DIR", help="a sweep, a run, or any folder with runs below it")
+    add("--out", metavar="DIR", help="where the files go (default: the folder itself; of several, the one above all)")
+    add("--metric", help="figure of metrics.json to compare by (default: the runs' optimized_metric)")
+    add("--higher-is-better", action="store_true", help="of that figure (default: lower)")
+    add("--wandb", metavar="ENTITY/PROJECT", help="build a W&B report too; needs an API key and the extra 'report'")
+    add("--matrix", action="store_true", help="publish the interchange matrix (default of --out: docs)")
+    return run_command(parser, argv, lambda words: matrix(words) if words.matrix else build(words))
 
 
 def optional_module(name: str) -> Any:

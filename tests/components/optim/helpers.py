@@ -1,7 +1,10 @@
 """A model small enough to reason about, with one parameter of each treatment, and the options of the shipped YAML files."""
 
+import copy
+from collections.abc import Callable
 from pathlib import Path
 
+import pytest
 import torch
 from omegaconf import OmegaConf
 from torch import Tensor, nn
@@ -102,3 +105,37 @@ def updates(grads: list[torch.Tensor], dtype=torch.float64, splits=(), **changes
 
 def relative(a: torch.Tensor, b: torch.Tensor) -> float:
     return ((a - b).norm() / b.norm()).item()
+
+
+def check_gradients_that_are_not_finite(make: Callable[..., torch.optim.Optimizer], bad: float) -> None:
+    """Such a gradient touches neither its parameter nor its state, others are stepped; with nonfinite=raise nothing is.
+
+    make: called with the parameters and changes of the options.
+    """
+    pair = [parameter(24, 16), NamedParameter("other", nn.Parameter(torch.zeros(24, 16, dtype=torch.float64)), "o")]
+    for item, grad in zip(pair, gradients(24, 16, 2), strict=True):
+        item.parameter.grad = grad.clone()
+    optimizer = make(pair)
+    optimizer.step()
+    before, weights = copy.deepcopy(optimizer.state_dict()["state"]), [item.parameter.detach().clone() for item in pair]
+    pair[0].parameter.grad[3, 2] = bad
+    with pytest.warns(RuntimeWarning, match="gradient of w;"):
+        optimizer.step()
+    after = optimizer.state_dict()["state"]
+    assert all(torch.equal(before[0][key], after[0][key]) for key in before[0])
+    assert torch.equal(pair[0].parameter, weights[0]) and not torch.equal(pair[1].parameter, weights[1])
+    strict = make(pair, nonfinite="raise")
+    with pytest.raises(FloatingPointError, match="gradient of w; nothing was changed"):
+        strict.step()
+    assert not strict.state_dict()["state"]
+
+
+def common_mistakes(kind: str) -> list[tuple[dict, str]]:
+    """(options, words of the error) that all optimizers of matrices refuse."""
+    return [
+        ({"lr": -1.0}, "optimizer.lr: -1.0"),
+        ({"betas": [1.0, 0.95]}, r"optimizer.betas: \[1.0, 0.95\]"),
+        ({"nonfinite": "ignore"}, "optimizer.nonfinite: ignore; allowed: skip, raise"),
+        ({"overrides": {"w": {"kind": "other"}}}, f"this optimizer has {kind}, adamw"),
+        ({"overrides": {"v": {"lr": 1.0}}}, "'v' matches no trainable parameter"),
+    ]

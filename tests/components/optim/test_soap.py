@@ -14,14 +14,19 @@ from components.optim import soap
 from components.optim.groups import named_parameters
 from components.optim.soap import Soap
 from components.optim.soap_update import Side, State, refresh_bases, turn
-from tests.components.optim.helpers import SOAP, TinyModel, gradients, train
+from tests.components.optim.helpers import (
+    SOAP,
+    TinyModel,
+    check_gradients_that_are_not_finite,
+    common_mistakes,
+    gradients,
+    parameter,
+    relative,
+    train,
+)
 
 EXACT = {**SOAP, "weight_decay": 0.0}
 SHAPES = [(24, 16), (16, 24), (12, 12)]
-
-
-def parameter(m: int, n: int, dtype=torch.float64, splits=()) -> NamedParameter:
-    return NamedParameter("w", nn.Parameter(torch.zeros(m, n, dtype=dtype)), "o", tuple(splits))
 
 
 def run(grads: list[torch.Tensor], dtype=torch.float64, splits=(), **changes) -> tuple[list[torch.Tensor], list[dict]]:
@@ -39,10 +44,6 @@ def run(grads: list[torch.Tensor], dtype=torch.float64, splits=(), **changes) ->
 
 def updates(grads: list[torch.Tensor], dtype=torch.float64, splits=(), **changes) -> list[torch.Tensor]:
     return run(grads, dtype, splits, **changes)[0]
-
-
-def relative(a: torch.Tensor, b: torch.Tensor) -> float:
-    return ((a - b).norm() / b.norm()).item()
 
 
 def square(flat: torch.Tensor) -> torch.Tensor:
@@ -291,24 +292,9 @@ def test_zero_gradients_move_nothing_and_spoil_nothing(first_step, eps):
     assert found[-1].abs().max() > 0
 
 
-@pytest.mark.parametrize("bad", [float("nan"), float("inf")])
+@pytest.mark.parametrize("bad", [float("nan"), float("inf"), -float("inf")])
 def test_a_gradient_that_is_not_finite_touches_nothing(bad):
-    pair = [parameter(12, 8), NamedParameter("other", nn.Parameter(torch.zeros(12, 8, dtype=torch.float64)), "o")]
-    for item, grad in zip(pair, gradients(12, 8, 2), strict=True):
-        item.parameter.grad = grad.clone()
-    optimizer = Soap(pair, **EXACT)
-    optimizer.step()
-    before, weights = copy.deepcopy(optimizer.state_dict()["state"]), [item.parameter.detach().clone() for item in pair]
-    pair[0].parameter.grad[3, 2] = bad
-    with pytest.warns(RuntimeWarning, match="gradient of w;"):
-        optimizer.step()
-    after = optimizer.state_dict()["state"]
-    assert all(torch.equal(before[0][key], after[0][key]) for key in before[0])
-    assert torch.equal(pair[0].parameter, weights[0]) and not torch.equal(pair[1].parameter, weights[1])
-    strict = Soap(pair, **{**EXACT, "nonfinite": "raise"})
-    with pytest.raises(FloatingPointError, match="gradient of w; nothing was changed"):
-        strict.step()
-    assert not strict.state_dict()["state"]
+    check_gradients_that_are_not_finite(lambda pair, **changes: Soap(pair, **{**EXACT, **changes}), bad)
 
 
 @pytest.mark.parametrize("steps", [2, 4, 6])
@@ -394,8 +380,7 @@ def test_learns():
 @pytest.mark.parametrize(
     ("changes", "words"),
     [
-        ({"lr": -1.0}, "optimizer.lr: -1.0"),
-        ({"betas": [1.0, 0.95]}, r"optimizer.betas: \[1.0, 0.95\]"),
+        *common_mistakes("soap"),
         ({"shampoo_beta": 1.0}, r"optimizer.shampoo_beta: 1.0; must be in \[0, 1\)"),
         ({"eps": float("nan")}, "optimizer.eps: nan"),
         ({"precondition_frequency": 0}, "optimizer.precondition_frequency: 0; must be a whole number >= 1"),
@@ -403,9 +388,6 @@ def test_learns():
         ({"max_precond_dim": -1}, "optimizer.max_precond_dim: -1"),
         ({"sides": "left"}, "optimizer.sides: left; allowed: both, input"),
         ({"first_step": "skip"}, "optimizer.first_step: skip; allowed: initialise, update"),
-        ({"nonfinite": "ignore"}, "optimizer.nonfinite: ignore; allowed: skip, raise"),
-        ({"overrides": {"w": {"kind": "muon"}}}, "this optimizer has soap, adamw"),
-        ({"overrides": {"v": {"lr": 1.0}}}, "'v' matches no trainable parameter"),
     ],
 )
 def test_mistakes_are_named(changes, words):

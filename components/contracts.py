@@ -6,7 +6,7 @@ K head size, V vocabulary, N state size, R rank, E experts, C chunk.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import AsyncIterable, AsyncIterator, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, fields, replace
 from pathlib import Path
 from typing import Any, Literal, Protocol, cast, runtime_checkable
@@ -284,33 +284,115 @@ class ScheduleFactory(Protocol):
     def __call__(self, optimizer: torch.optim.Optimizer, total_steps: int) -> torch.optim.lr_scheduler.LRScheduler: ...
 
 
-@dataclass
+@dataclass(frozen=True)
+class Constraint:
+    """What an answer must be; exactly one is set. choice: one of these texts; regex: a text that it matches from end to end."""
+
+    choice: tuple[str, ...] | None = None
+    regex: str | None = None
+
+
+@dataclass(frozen=True)
 class SamplingParams:
-    """How to decode: temperature 0 is greedy. Stops after max_new_tokens or at a stop id."""
+    """How to decode one request, for every engine. Stops after max_new_tokens, at a stop id, or where a stop string is complete."""
 
     max_new_tokens: int = 128
-    temperature: float = 1.0
+    temperature: float = 1.0  # 0: greedy, the lowest id among equals
     top_k: int | None = None
     top_p: float | None = None
-    seed: int = 0
+    seed: int = 0  # 64 bits; of n completions the one with index j draws from (seed, j)
+    min_p: float | None = None
+    repetition_penalty: float = 1.0
+    min_new_tokens: int = 0
+    stop: tuple[str, ...] = ()  # they are no part of the text
+    stop_ids: tuple[int, ...] = ()  # besides those of the tokenizer
+    ignore_eos: bool = False
+    logprobs: int | None = None  # so many alternatives at each position; that of the chosen token is always given
+    constraint: Constraint | None = None
 
 
 @dataclass
 class Completion:
+    """token_ids and logprobs include the stop token, text does not. They are [] where an engine cannot say them."""
+
     token_ids: list[int]
     text: str
-    logprobs: list[float]
-    finish_reason: Literal["stop", "length"]
+    logprobs: list[float]  # of the model's own distribution: temperature 1, nothing cut off
+    finish_reason: Literal["stop", "length", "error", "abort"]
+    stop_reason: str | int | None = None  # the stop string or id that ended it
+    alternatives: list[dict[int, float]] | None = None
+
+
+Message = dict[str, str]  # {role, content}
+Prompt = list[int] | str | list[Message]  # token ids (they start with the document start), a text, or a conversation
+Decoding = SamplingParams | Sequence[SamplingParams]  # one for all prompts, or one each
+
+
+@dataclass(frozen=True)
+class Request:
+    """One prompt on its way to an engine, and n answers wanted."""
+
+    id: str
+    prompt: Prompt
+    params: SamplingParams
+    n: int = 1
+
+
+@dataclass
+class Usage:
+    """Tokens of a request: read, written, and of those read the ones that an engine had read before."""
+
+    prompt: int = 0
+    completion: int = 0
+    cached: int = 0
+
+
+@dataclass
+class Result:
+    """What became of a request: n completions, or none and why. latency: queued, first_token, total, in seconds."""
+
+    request_id: str
+    completions: list[Completion]
+    usage: Usage
+    latency: dict[str, float]
+    engine_id: str
+    error: str | None = None
 
 
 class Engine(Protocol):
-    """Executes generation. Rows never influence each other."""
+    """An option of the group `engine`. Rows never influence each other.
 
-    def generate(self, prompts: list[list[int]], params: SamplingParams) -> list[Completion]: ...
-    def stream(self, prompt: list[int], params: SamplingParams) -> Iterator[str]: ...
+    capabilities: what it can do, of n, seed, logprobs, alternatives, token_ids, score, regex, choice, prefix_cache, pieces, ignore_eos,
+    min_p, repetition_penalty. context_length: tokens of prompt and answer at most; None: no end.
+    """
+
+    capabilities: frozenset[str]
+    engine_id: str
+    model_id: str
+    tokenizer_id: str
+    context_length: int | None
+
+    def generate(self, prompts: Sequence[Prompt], params: Decoding) -> list[Completion]:
+        """One completion a prompt, in order. With one SamplingParams prompt i draws from (seed, i), with a sequence from (seed_i, 0)."""
+        ...
+
+    def completions(self, prompts: Sequence[Prompt], params: Decoding) -> Iterator[tuple[int, Completion]]:
+        """As `generate`, but (index of the prompt, completion) as they are finished."""
+        ...
+
+    def pieces(self, prompt: Prompt, params: SamplingParams) -> Iterator[str]:
+        """The text of one completion as it is written."""
+        ...
+
+    def stream(self, requests: AsyncIterable[Request], *, concurrency: int) -> AsyncIterator[Result]:
+        """Results in any order, at most `concurrency` requests at a time. One that fails has an error and ends nothing."""
+        ...
+
     def score(self, sequences: list[list[int]]) -> list[Tensor]:
         """Log-probability of each token given those before it: one (T-1,) float32 tensor a sequence."""
         ...
+
+    def close(self) -> None: ...
 
 
 @runtime_checkable

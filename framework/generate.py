@@ -6,7 +6,7 @@ import dataclasses
 import json
 import sys
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -18,9 +18,10 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
 from components.adapters.base import merge, task_ids
-from components.contracts import Completion, Diagnostics, Engine, SamplingParams, UserError
+from components.contracts import Completion, Diagnostics, Engine, Prompt, SamplingParams, UserError
 from components.decoding.sampling import check_params
 from framework.build import ConfigErrors, Run, build, build_data, load_run
+from framework.engines.building import build_engine, takes
 from framework.inherit import resolve_checkpoint
 from framework.prompts import Renderer, held_out_prompt
 from framework.runtime import prepare_process
@@ -35,16 +36,24 @@ ADAPTER_KEYS: dict[str, Any] = {"task": str | int | None, "merge": bool}
 class Context:
     """What a task of generate.py works with.
 
-    params: how to decode; out_dir: where files go; another: the same with another run; task: of the adapter, None where none was named.
+    source: the run, None where a server is asked without one; params: how to decode; out_dir: where files go; another: the same with
+    another run; task: of the adapter, None where none was named.
     """
 
-    run: Run
+    source: Run | None
     engine: Engine
     params: SamplingParams
     out_dir: Path
     cache_dir: Path
     another: Callable[[str], Context]
     task: str | int | None = None
+
+    @property
+    def run(self) -> Run:
+        """The run. Raises UserError where there is none."""
+        if self.source is None:
+            raise UserError("ckpt: null, and the engine answers without a run; what is asked here needs one: ckpt=RUN_DIR")
+        return self.source
 
 
 @dataclass
@@ -66,8 +75,30 @@ def generate(config: DictConfig, out_dir: Path) -> dict[str, float]:
     prepare_process(config.seed)
     params = build(config.decode).params(config.max_new_tokens, config.seed)
     check_params(params)
+    task, cache_dir = build(config.task), Path(config.paths.cache_dir)
+    run = None if config.ckpt is None and takes(config.engine, config.allow_targets) == "tokenizer" else open_run(config, task)
+    engine = build_engine(config.engine, run, cache_dir, config.adapter.task)
+
+    def another(path: str) -> Context:
+        other = load_run(resolve_checkpoint(path, Path(config.paths.root), cache_dir))
+        if len(task_ids(other.model) or ()) > 1:
+            choose_task(other, config.adapter.task, False)
+        cast(torch.nn.Module, other.model).to(device(config.device))
+        return dataclasses.replace(context, source=other, engine=build_engine(config.engine, other, cache_dir, config.adapter.task))
+
+    context = Context(run, engine, params, out_dir, cache_dir, another, config.adapter.task)
+    try:
+        metrics = task.run(context)
+    finally:
+        engine.close()
+    out_dir.mkdir(parents=True, exist_ok=True)
+    (out_dir / "metrics.json").write_text(json.dumps({**metrics, "seed": config.seed}, indent=2) + "\n")
+    return metrics
+
+
+def open_run(config: DictConfig, task: Any) -> Run:
+    """The run of `ckpt=` as the keys of generate.yaml want it, on its device."""
     path = resolve_checkpoint(config.ckpt, Path(config.paths.root), Path(config.paths.cache_dir))
-    task = build(config.task)
     another_rule = "_target_" in config.rope
     run = load_run(path, {"rope": config.rope if another_rule else None})
     if not another_rule and config.rope.switch is not None:
@@ -76,20 +107,7 @@ def generate(config: DictConfig, out_dir: Path) -> dict[str, float]:
     if config.adapter.merge and not merge(cast(torch.nn.Module, run.model), config.adapter.task)["modules"]:
         raise UserError(f"adapter.merge: true, but {run.path} was trained without an adapter; drop the override")
     cast(torch.nn.Module, run.model).to(device(config.device))
-    engine = build(config.engine, run.model, run.tokenizer)
-
-    def another(path: str) -> Context:
-        other = load_run(resolve_checkpoint(path, Path(config.paths.root), Path(config.paths.cache_dir)))
-        if len(task_ids(other.model) or ()) > 1:
-            choose_task(other, config.adapter.task, False)
-        cast(torch.nn.Module, other.model).to(device(config.device))
-        return dataclasses.replace(context, run=other, engine=build(config.engine, other.model, other.tokenizer))
-
-    context = Context(run, engine, params, out_dir, Path(config.paths.cache_dir), another, config.adapter.task)
-    metrics = task.run(context)
-    out_dir.mkdir(parents=True, exist_ok=True)
-    (out_dir / "metrics.json").write_text(json.dumps({**metrics, "seed": config.seed}, indent=2) + "\n")
-    return metrics
+    return run
 
 
 def choose_task(run: Run, task: str | int | None, asks_every_task: bool) -> None:
@@ -179,20 +197,20 @@ class Answer:
     def _on_terminal(self, context: Context) -> dict[str, float]:
         """Text goes to stdout, everything said about it to stderr."""
         notes = Console(stderr=True, highlight=False, soft_wrap=True)
-        render = run_renderer(context.run)
-        if self.prompt is None:
+        render, asked = renderer(context), self.prompt
+        if asked is None:
             ids, source = default_prompt(context, render)
-            shown = context.run.tokenizer.decode(ids)
+            shown = context.run.tokenizer.decode(cast(list[int], ids))
             notes.print(f"no prompt given (prompt='...' takes yours); going on with {source}", style="dim", markup=False)
         else:
-            ids = render(self.prompt)
-            shown = "" if render.chat else self.prompt
+            ids = render(asked)
+            shown = "" if getattr(render, "chat", False) else asked
         before, started = tokens_of(context.engine), time.perf_counter()
         for sample in range(self.n):
             if self.n > 1:
                 notes.print(f"--- {sample + 1} of {self.n}", style="dim")
             Console(highlight=False, soft_wrap=True).print(shown, style="bold", end="", markup=False)
-            for piece in context.engine.stream(ids, dataclasses.replace(context.params, seed=context.params.seed + sample)):
+            for piece in context.engine.pieces(ids, dataclasses.replace(context.params, seed=context.params.seed + sample)):
                 sys.stdout.write(piece)
                 sys.stdout.flush()
             sys.stdout.write("\n")
@@ -202,7 +220,7 @@ class Answer:
 
     def _into_file(self, requests: list[Request], context: Context) -> dict[str, float]:
         """Answers in the order of the requests, each written as soon as those before it are."""
-        render = run_renderer(context.run)
+        render = renderer(context)
         prompts = [render(request.given, where=request.where) for request in requests for _ in range(self.n)]
         path = Path(self.output) if self.output is not None else context.out_dir / "generations.jsonl"
         tokens, started = 0, time.perf_counter()
@@ -274,13 +292,23 @@ def is_conversation(value: Any) -> bool:
     return all(isinstance(turn, dict) and isinstance(turn.get("role"), str) and isinstance(turn.get("content"), str) for turn in turns)
 
 
+def as_given(given: str | list[dict[str, str]], where: str = "prompt") -> Prompt:
+    """The prompt of an engine without a run: its server knows how to read it."""
+    return given
+
+
+def renderer(context: Context) -> Callable[..., Prompt]:
+    """What turns a given prompt into the engine's."""
+    return as_given if context.source is None else run_renderer(context.source)
+
+
 def run_renderer(run: Run) -> Renderer:
     """The renderer of a run's prompts. Its data may be gone: rendering needs the tokenizer only."""
     data = build_data(run.cfg) if hasattr(locate(run.cfg.data._target_, (*ALLOWED, *run.cfg.allow_targets)), "render") else None
     return Renderer(run.tokenizer, data)
 
 
-def default_prompt(context: Context, render: Renderer) -> tuple[list[int], str]:
+def default_prompt(context: Context, render: Callable[..., Prompt]) -> tuple[Prompt, str]:
     """Prompt ids that suit the run, and where they are from: its own sample prompt, else the beginning of its held-out data."""
     run = context.run
     own = OmegaConf.select(run.cfg, "samples.prompt")
@@ -296,7 +324,7 @@ def default_prompt(context: Context, render: Renderer) -> tuple[list[int], str]:
         return [run.tokenizer.eot_id], f"nothing but a document start, since the run's data cannot be read ({error})"
 
 
-def completions(engine: Engine, prompts: list[list[int]], params: SamplingParams) -> Iterator[tuple[int, Completion]]:
+def completions(engine: Engine, prompts: Sequence[Prompt], params: SamplingParams) -> Iterator[tuple[int, Completion]]:
     """(index, completion) as they are finished where the engine can say so, else all at the end."""
     if hasattr(engine, "completions"):
         yield from engine.completions(prompts, params)
@@ -360,8 +388,10 @@ def measures(tokens: float, seconds: float, answers: int) -> dict[str, float]:
 
 def summary(metrics: dict[str, float], context: Context) -> str:
     """The last line of a generation: how fast, from what, and what to try next."""
-    run, task = context.run, "" if context.task is None else f" adapter.task={context.task}"
+    task = "" if context.task is None else f" adapter.task={context.task}"
     speed = f"{metrics['tokens']:.0f} tokens in {metrics['seconds']:.1f} s ({metrics['perf/tokens_per_second']:.0f} tokens/s)"
+    if (run := context.source) is None:
+        return f"{speed} from {context.engine.model_id} of {context.engine.engine_id}. Next: prompts=FILE.jsonl for many"
     return (
         f"{speed} from {run.path}, step {run.step}. Next: python generate.py ckpt={run.path}{task} prompt='...', or prompts=FILE.jsonl for "
         "many"

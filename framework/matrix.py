@@ -33,6 +33,7 @@ from framework.cells import (
     Outcome,
     Rule,
     cross_cells,
+    defaults,
     fits,
     label,
     legal_cells,
@@ -256,7 +257,8 @@ def refusal(bench: Bench, cell: Cell) -> Outcome:
     """Try a listed cell as far as it must not get: the check of its configuration, then two steps."""
     if all(key in CROSS or "/" in key or "." in key for key in cell):
         return run_cell(bench, cell)
-    if "task" in cell and not fits("train", "task", cell["task"]):
+    generates = any(key in defaults("generate") and key not in defaults("train") for key in cell)
+    if generates or ("task" in cell and not fits("train", "task", cell["task"])):
         return run_decoding(bench, cell, default_run(bench), generate_here)
     return run_single(bench, cell, train_here)
 

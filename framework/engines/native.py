@@ -100,7 +100,7 @@ class NativeEngine:
                 if row.finish_reason is not None:
                     yield row.index, self._complete(row)
 
-    def stream(self, prompt: list[int], params: SamplingParams) -> Iterator[str]:
+    def pieces(self, prompt: list[int], params: SamplingParams) -> Iterator[str]:
         """Yield the text of one completion piece by piece; a character is held back until all of its bytes are there."""
         decoder = StreamDecoder(cast(Any, self.tokenizer))
         for (row,) in self._decode([prompt], params):
@@ -136,6 +136,9 @@ class NativeEngine:
     def diagnostics(self) -> dict[str, float]:
         """Tokens generated so far."""
         return {"tokens": float(self._generated)}
+
+    def close(self) -> None:
+        """Nothing outlives the object."""
 
     def _decode(self, prompts: list[list[int]], params: SamplingParams) -> Iterator[list[Row]]:
         """Yield, after every round, the rows that got a token in it; a row with a finish_reason does not come again."""

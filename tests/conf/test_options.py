@@ -46,6 +46,8 @@ def test_option_composes_and_passes_every_check(config, group, option):
         overrides.append("data.tasks={one: {path: anything.json}}")
     if (group, option) in (("data", "preference"), ("task", "dpo")):
         overrides += ["task=dpo", "data=preference"]
+    if (group, option) == ("engine", "openai"):
+        overrides.append("engine.base_url=http://127.0.0.1:1/v1")
     if group == "eval":
         overrides.append("task=evaluate")
     if group == "task" and option == "sft":

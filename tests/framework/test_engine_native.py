@@ -270,7 +270,7 @@ def test_a_stop_token_ends_a_row_and_is_not_shown(model, stop):
     (completion,) = native.generate([PROMPTS[2]], GREEDY)
     assert (completion.token_ids, completion.text, completion.finish_reason) == ([token], "", "stop")
     assert len(completion.logprobs) == 1
-    assert list(native.stream(PROMPTS[2], GREEDY)) == []
+    assert list(native.pieces(PROMPTS[2], GREEDY)) == []
 
 
 def test_length_ends_a_row(model):
@@ -302,7 +302,7 @@ def test_rows_that_stop_make_room_for_waiting_prompts(model):
 @pytest.mark.parametrize("params", [GREEDY, SAMPLE, replace(SAMPLE, temperature=3.0, max_new_tokens=100)])
 def test_stream_joins_to_the_generated_text(model, params):
     native = engine(model)
-    pieces = list(native.stream(PROMPTS[4], params))
+    pieces = list(native.pieces(PROMPTS[4], params))
     assert "".join(pieces) == native.generate([PROMPTS[4]], params)[0].text
     assert len(pieces) > 1
 
@@ -314,12 +314,12 @@ def test_stream_holds_back_incomplete_characters(model):
     scripted = MeanModel().eval()
     script = iter(spelled)
     scripted.logits = lambda hidden: torch.nn.functional.one_hot(torch.tensor([next(script)]), 320).float() * 50
-    assert list(engine(scripted).stream([EOT], replace(GREEDY, max_new_tokens=len(spelled)))) == list(text)
+    assert list(engine(scripted).pieces([EOT], replace(GREEDY, max_new_tokens=len(spelled)))) == list(text)
 
 
 def test_stream_can_be_left_early_and_leaks_no_mode():
     model = MeanModel().train()
-    pieces = engine(model).stream(PROMPTS[2], SAMPLE)
+    pieces = engine(model).pieces(PROMPTS[2], SAMPLE)
     next(pieces)
     assert torch.is_grad_enabled() and not torch.is_inference_mode_enabled() and model.training
     pieces.close()

@@ -1,0 +1,206 @@
+"""The client of OpenAI-compatible servers against servers that fail and lie. The real ones are in tests/serving."""
+
+import asyncio
+import time
+
+import pytest
+from hostile import honest, serving
+
+from components.contracts import Request, SamplingParams, UserError
+from components.data.tokenizers import bytes_tokenizer
+from framework.engines.openai import OpenAIEngine
+from framework.engines.requests import Breaker, EngineError, Retry, as_requests, each_of, row_seed
+
+PARAMS = SamplingParams(max_new_tokens=4, seed=3)
+
+
+def engine(server, attempts=4, window=1000, pauses=1, concurrency=4):
+    return OpenAIEngine(
+        bytes_tokenizer(),
+        server.url,
+        None,
+        "NO_SUCH_KEY",
+        concurrency,
+        5.0,
+        Retry(attempts, 0.001, 0.01),
+        Breaker(window, 0.5, 0.05, pauses),
+    )
+
+
+def streamed(engine, requests, concurrency=4):
+    async def collect():
+        return [result async for result in engine.stream(each_of(requests), concurrency=concurrency)]
+
+    return asyncio.run(collect())
+
+
+def asked(count, n=1):
+    return [Request(str(i), f"prompt {i}", PARAMS, n) for i in range(count)]
+
+
+def failing(when, status=500, content=None, headers=None):
+    """Honest while it is tried out, and afterwards but for the requests where `when(number)`, counted from 0."""
+    begun = []
+
+    def answer(path, body, number):
+        if body["prompt"] == "1" or not str(body["prompt"]).startswith("prompt"):
+            return honest(path, body, number)
+        begun.append(number)
+        if when(len(begun) - 1):
+            return status, content if content is not None else {"error": {"message": "too busy"}}, headers or {}
+        return honest(path, body, number)
+
+    return answer
+
+
+def test_an_honest_server_is_believed():
+    with serving(honest) as server:
+        able = engine(server)
+        assert {"n", "seed", "logprobs", "token_ids", "ids"} <= able.capabilities
+        assert able.model_id == "m" and able.context_length == 64
+        results = streamed(able, asked(5, n=3))
+        assert all(len(result.completions) == 3 and result.error is None for result in results)
+
+
+def test_a_server_that_gives_one_answer_for_three_is_asked_three_times():
+    def one(path, body, number):
+        return honest(path, {**body, "n": 1}, number)
+
+    with serving(one) as server:
+        lame = engine(server)
+        assert "n" not in lame.capabilities
+        (result,) = streamed(lame, asked(1, n=3))
+        assert len({completion.text for completion in result.completions}) == 3
+        assert (result.usage.prompt, result.usage.completion) == (9, 6)
+        assert all("n" not in body for body in server.seen[-3:])
+
+
+def test_a_server_that_lies_after_it_was_tried_out():
+    """Two of three answers: the third is asked for alone."""
+
+    def liar(path, body, number):
+        return honest(path, {**body, "n": min(body.get("n", 1), 2)}, number)
+
+    with serving(liar) as server:
+        (result,) = streamed(engine(server), asked(1, n=3))
+        assert len(result.completions) == 3 and result.error is None
+
+
+def test_fields_that_are_refused_are_never_sent():
+    def strict(path, body, number):
+        unknown = {"top_k", "min_p", "seed", "logprobs", "return_token_ids", "structured_outputs", "ignore_eos"} & set(body)
+        return (422, {"detail": f"extra fields {unknown}"}, {}) if unknown else honest(path, body, number)
+
+    with serving(strict) as server:
+        plain = engine(server)
+        assert not plain.capabilities & {"seed", "logprobs", "top_k", "choice"}
+        (result,) = streamed(plain, [Request("0", "prompt", SamplingParams(max_new_tokens=4, top_k=3))])
+        assert result.error.startswith("unsupported") and "decode.top_k" in result.error
+        assert streamed(plain, asked(1))[0].error is None
+
+
+@pytest.mark.parametrize("status", [408, 409, 429, 500, 503])
+def test_passing_troubles_are_waited_out(status):
+    with serving(failing(lambda i: i < 2, status)) as server:
+        client = engine(server)
+        (result,) = streamed(client, asked(1))
+        assert result.error is None and client.counts[f"http_{status}"] == 2 and client.counts["retries"] == 2
+
+
+@pytest.mark.parametrize("status", [400, 401, 404, 422])
+def test_what_no_attempt_mends_is_not_tried_again(status):
+    with serving(failing(lambda i: i == 0, status)) as server:
+        client = engine(server)
+        results = {result.request_id: result for result in streamed(client, asked(3), concurrency=1)}
+        assert results["0"].error == f"http_{status}: {server.url} answered {status}: too busy" and client.counts["retries"] == 0
+        assert results["1"].error is None and results["2"].error is None
+
+
+@pytest.mark.parametrize("content", [b"", b"{", b"[]", b'{"choices": null}', b'{"choices": [{}]}', b"<html>"])
+def test_an_answer_that_is_none(content):
+    with serving(failing(lambda i: i == 0, 200, content)) as server:
+        client = engine(server)
+        (result,) = streamed(client, asked(1))
+        assert result.error is None and client.counts["bad_answer"] == 1
+
+
+def test_the_server_says_how_long_to_wait():
+    with serving(failing(lambda i: i == 0, 429, headers={"retry-after": "0.3"})) as server:
+        began = time.monotonic()
+        assert streamed(engine(server), asked(1))[0].error is None
+        assert time.monotonic() - began >= 0.3
+
+
+def test_attempts_end():
+    with serving(failing(lambda i: True, 503)) as server:
+        (result,) = streamed(engine(server, attempts=3), asked(1))
+        assert result.error.startswith("http_503") and not result.completions
+
+
+def test_a_storm_ends_the_job_with_one_line():
+    with serving(failing(lambda i: True, 429)) as server:
+        client = engine(server, attempts=100, window=10, pauses=2)
+        with pytest.raises(
+            UserError, match=r"engine: 10 of the last 10 requests failed \(http_429 10\), also after 2 pauses of 0.05 s; what"
+        ):
+            streamed(client, asked(50), concurrency=8)
+
+
+def test_a_window_of_requests_is_read_ahead_no_further():
+    read = []
+
+    async def source():
+        for request in asked(100):
+            read.append(request.id)
+            yield request
+
+    async def first(client):
+        async for _ in client.stream(source(), concurrency=3):
+            return
+
+    with serving(honest) as server:
+        asyncio.run(first(engine(server)))
+        assert len(read) <= 6
+
+
+def test_leaving_early_leaves_nothing_running():
+    with serving(honest) as server:
+        found = engine(server).completions(["prompt"] * 50, PARAMS)
+        next(found)
+        found.close()
+        seen = len(server.seen)
+        time.sleep(0.2)
+        assert len(server.seen) == seen < 80
+
+
+def test_who_is_not_there():
+    with serving(honest) as server:
+        url = server.url
+    with pytest.raises(UserError, match=f"engine.base_url: {url} does not answer"):
+        OpenAIEngine(None, url, None, "", 1, 1.0, Retry(1, 0, 0), Breaker(1, 1, 0, 0))
+
+
+def test_a_model_that_is_not_there():
+    with serving(honest) as server, pytest.raises(UserError, match=r"engine.name: 'mm'; .* offers m; did you mean 'm'\?"):
+        OpenAIEngine(None, server.url, "mm", "", 1, 1.0, Retry(1, 0, 0), Breaker(1, 1, 0, 0))
+
+
+def test_too_long_a_prompt_is_not_sent():
+    with serving(honest) as server:
+        client = engine(server)
+        sent = len(server.seen)
+        (result,) = streamed(client, [Request("0", [256] * 62, PARAMS)])
+        assert result.error == "too_long: 62 tokens and 4 new ones; the server takes 64" and len(server.seen) == sent
+
+
+def test_seeds_of_rows():
+    found = {row_seed(seed, row) for seed in range(30) for row in range(30)}
+    assert len(found) == 900 and all(0 <= one < 2**63 for one in found)
+    assert [r.params.seed for r in as_requests(["a", "b"], PARAMS)] == [row_seed(3, 0), row_seed(3, 1)]
+
+
+def test_jitter_stays_below_the_cap():
+    retry, error = Retry(9, 1.0, 3.0), EngineError("x", "x", True)
+    waits = [retry.wait(attempt, error) for attempt in range(8) for _ in range(50)]
+    assert max(waits) <= 3.0 and len(set(waits)) > 300
+    assert retry.wait(0, EngineError("x", "x", True, retry_after=7.0)) == 7.0

@@ -1,0 +1,159 @@
+"""What the contract promises of an engine, asked of each: ours, transformers', a real vLLM and a real `transformers serve`.
+
+A test that an engine cannot take says which capability is missing; the table in engines.py says which those may be.
+"""
+
+import asyncio
+from dataclasses import replace
+
+import pytest
+import torch
+from engines import ABLE, DRAWN, GREEDY, LENGTH, opened
+
+from components.contracts import Constraint, Request, UserError
+from framework.engines.requests import each_of
+
+MARKS = {"vllm": pytest.mark.vllm, "openai_serve": pytest.mark.serve}
+LENGTHS = (3, 9, 17, 31, 5, 64, 12, 40)
+
+
+@pytest.fixture(scope="module")
+def home(tmp_path_factory):
+    return tmp_path_factory.mktemp("engines")
+
+
+@pytest.fixture(scope="module", params=[pytest.param(kind, marks=MARKS.get(kind, ())) for kind in ABLE])
+def engine(request, home):
+    with opened(request.param, home) as engine:
+        engine.kind = request.param
+        yield engine
+
+
+@pytest.fixture(scope="module")
+def native(home):
+    with opened("native", home) as engine:
+        yield engine
+
+
+def prompts(lengths=LENGTHS):
+    draw = torch.Generator().manual_seed(11)
+    return [[256, *torch.randint(97, 123, (length - 1,), generator=draw).tolist()] for length in lengths]
+
+
+def need(engine, *capabilities):
+    missing = [name for name in capabilities if name not in engine.capabilities]
+    if missing:
+        pytest.skip(f"{engine.kind} cannot: {', '.join(missing)}")
+
+
+def streamed(engine, requests, concurrency=4):
+    async def collect():
+        return [result async for result in engine.stream(each_of(requests), concurrency=concurrency)]
+
+    return asyncio.run(collect())
+
+
+def test_what_it_can_do(engine):
+    if ABLE[engine.kind] is not None:
+        assert engine.capabilities == ABLE[engine.kind]
+    assert engine.engine_id and engine.model_id
+
+
+def test_greedy_tokens_are_ours(engine, native):
+    wanted = native.generate(prompts(), GREEDY)
+    found = engine.generate(prompts(), GREEDY)
+    if "token_ids" in engine.capabilities:
+        assert [one.token_ids for one in found] == [one.token_ids for one in wanted]
+    else:
+        assert [one.text for one in found] == [one.text for one in wanted]
+    assert len({one.text for one in found}) > 4  # else equality shows little
+
+
+def test_logprobs_are_of_the_models_own_distribution(engine, native):
+    need(engine, "logprobs")
+    params = replace(DRAWN, temperature=0.7, top_p=0.8)
+    found = engine.generate(prompts(), params)
+    scores = native.score([ids + one.token_ids for ids, one in zip(prompts(), found, strict=True)])
+    for ids, one, score in zip(prompts(), found, scores, strict=True):
+        assert torch.allclose(score[len(ids) - 1 :], torch.tensor(one.logprobs), atol=2e-5, rtol=0)
+
+
+def test_completions_come_once_each(engine):
+    found = list(engine.completions(prompts(), DRAWN))
+    assert sorted(index for index, _ in found) == list(range(len(LENGTHS)))
+
+
+def test_a_seed_repeats_and_another_differs(engine):
+    need(engine, "seed")
+    first, again, other = (engine.generate(prompts(), replace(DRAWN, seed=seed)) for seed in (1, 1, 2))
+    assert [one.text for one in first] == [one.text for one in again]
+    assert sum(a.text != b.text for a, b in zip(first, other, strict=True)) > len(LENGTHS) // 2
+
+
+def test_batch_mates_change_nothing(engine):
+    need(engine, "seed")
+    params = [replace(DRAWN, seed=seed) for seed in range(len(LENGTHS))]
+    together = engine.generate(prompts(), params)
+    alone = [engine.generate([ids], [one])[0] for ids, one in zip(prompts(), params, strict=True)]
+    assert [one.text for one in together] == [one.text for one in alone]
+
+
+def test_length_and_stop(engine):
+    one = engine.generate(prompts()[:1], replace(GREEDY, max_new_tokens=1))[0]
+    assert one.finish_reason == "length" and (not one.token_ids or len(one.token_ids) == 1)
+
+
+def test_stop_id(engine, native):
+    need(engine, "token_ids", *(["stop_ids"] if engine.kind == "vllm" else []))
+    plain = native.generate(prompts()[:1], GREEDY)[0].token_ids
+    stop = plain[9]
+    one = engine.generate(prompts()[:1], replace(GREEDY, stop_ids=(stop,)))[0]
+    assert one.token_ids == plain[: plain.index(stop) + 1] and one.finish_reason == "stop"
+
+
+def test_n_answers_to_a_request(engine):
+    for result in streamed(engine, [Request(str(i), ids, replace(DRAWN, seed=i), n=3) for i, ids in enumerate(prompts()[:3])]):
+        assert result.error is None and len(result.completions) == 3
+        if "seed" in engine.capabilities:
+            assert len({one.text for one in result.completions}) == 3
+
+
+def test_stream_gives_each_request_once_and_counts_its_tokens(engine):
+    requests = [Request(f"row {i}", ids, GREEDY) for i, ids in enumerate(prompts())]
+    results = {result.request_id: result for result in streamed(engine, requests)}
+    assert set(results) == {request.id for request in requests}
+    for request in requests:
+        result = results[request.id]
+        assert result.error is None and result.latency["total"] > 0 and result.engine_id == engine.engine_id
+        assert result.usage.prompt == len(request.prompt)
+        assert result.usage.completion == 24
+
+
+def test_a_request_that_cannot_be_answered_ends_nothing(engine):
+    """Longer than the model's context, or for an engine without that, a prompt of ids that no model has."""
+    bad = Request("bad", [256] * (LENGTH + 1), GREEDY) if engine.context_length is not None else Request("bad", [256, 10**6], GREEDY)
+    need(engine, "token_ids")
+    results = {r.request_id: r for r in streamed(engine, [bad, *(Request(str(i), ids, GREEDY) for i, ids in enumerate(prompts()))])}
+    assert results["bad"].error and not results["bad"].completions
+    assert all(result.error is None for name, result in results.items() if name != "bad") and len(results) == 1 + len(LENGTHS)
+
+
+def test_scores(engine, native):
+    if "score" not in engine.capabilities:
+        with pytest.raises(UserError, match="log-probabilities of a prompt"):
+            engine.score(prompts())
+        return
+    for found, wanted in zip(engine.score(prompts()), native.score(prompts()), strict=True):
+        assert torch.allclose(found, wanted, atol=2e-5, rtol=0)
+
+
+def test_pieces_make_the_text(engine):
+    assert "".join(engine.pieces(prompts()[1], GREEDY)) == engine.generate([prompts()[1]], GREEDY)[0].text
+
+
+def test_constraints(engine):
+    need(engine, "choice", "regex")
+    one = engine.generate(prompts()[:4], replace(DRAWN, constraint=Constraint(choice=("yes", "no"))))
+    assert {completion.text for completion in one} <= {"yes", "no"}
+    two = engine.generate(prompts()[:4], replace(DRAWN, constraint=Constraint(regex=r"[0-9]{3}-[a-f]+!")))
+    assert all(completion.text[:3].isdigit() and completion.text[3] == "-" for completion in two)

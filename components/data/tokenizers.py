@@ -17,6 +17,7 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 from tokenizers import AddedToken, Regex, decoders, models, pre_tokenizers, trainers
 from tokenizers import Tokenizer as Backend
 
@@ -178,6 +179,39 @@ class Tokenizer:
         """Return a decoder for ids that arrive one at a time."""
         return StreamDecoder(self)
 
+    def token_bytes(self, first: bool = False) -> list[bytes]:
+        """The bytes that each id adds to a text, b"" for those that add none: special tokens and holes in the vocabulary.
+
+        first: at the beginning of a text, where some tokenizers leave out a space.
+        Raises UserError where text is more than that of its tokens one after the other.
+        """
+        if self._byte_pieces is not None:
+            pieces = self._byte_pieces
+            return [b"" if i in self._special_ids else pieces.get(i, b"") for i in range(self.vocab_size)]
+        return self._foreign_bytes[0 if first else 1]
+
+    @cached_property
+    def _foreign_bytes(self) -> tuple[list[bytes], list[bytes]]:
+        """Bytes of every id at the beginning of a text, and after a token, where the backend does not decode byte by byte."""
+        vocabulary = self._backend.get_vocab(with_added_tokens=True)
+        single: dict[int, bytes] = {}
+        if "ByteFallback" in json.dumps(json.loads(self._backend.to_str())["decoder"]):
+            spelled = {i: int(t[3:5], 16) for t, i in vocabulary.items() if len(t) == 6 and t.startswith("<0x") and t.endswith(">")}
+            single = {i: bytes([byte]) for i, byte in spelled.items() if byte > 0x7F}  # parts of characters; the others have a text
+        known = [i for i in sorted(vocabulary.values()) if i not in self._special_ids and i not in single]
+        alone = dict(zip(known, self._backend.decode_batch([[i] for i in known]), strict=True))
+        anchor = next((i for i, text in alone.items() if text.strip() and "\ufffd" not in text), None)
+        after = self._backend.decode_batch([[anchor, i] for i in known]) if anchor is not None else []
+        start = alone[anchor] if anchor is not None else ""
+        later = {i: text[len(start) :] for i, text in zip(known, after, strict=False) if text.startswith(start)}
+        sample = np.random.default_rng(0).choice(known or [0], size=(256, 8)).tolist()
+        joined = [alone.get(row[0], "") + "".join(later.get(i, "") for i in row[1:]) for row in sample]
+        if not later or self._backend.decode_batch(sample) != joined:
+            raise UserError("data.tokenizer: text is more than its tokens one after the other, so that no answer can be held to a pattern")
+        tables = (alone, later)
+        first, rest = ([single.get(i, table.get(i, "").encode()) for i in range(self.vocab_size)] for table in tables)
+        return first, rest
+
     @cached_property
     def _id_of_byte(self) -> dict[int, int]:
         vocabulary = self._backend.get_vocab(with_added_tokens=False)
@@ -221,26 +255,32 @@ class StreamDecoder:
     def __init__(self, tokenizer: Tokenizer) -> None:
         self._tokenizer = tokenizer
         self._utf8 = codecs.getincrementaldecoder("utf-8")("replace")
-        self._ids: list[int] = []
-        self._shown = ""
+        self._ids: list[int] = []  # the last ones shown, whose text tells how the next begins, then those held back
+        self._shown = 0  # how many of them were shown
 
     def push(self, token_id: int) -> str:
         """Return the text that `token_id` completes; "" while a character is incomplete, and for special tokens."""
         if self._tokenizer._byte_pieces is not None:
             return self._utf8.decode(self._tokenizer.decode_bytes([token_id]))
+        if int(token_id) in self._tokenizer._special_ids:
+            return ""
         self._ids.append(int(token_id))
-        text = self._tokenizer.decode(self._ids)
-        return "" if text.endswith("\ufffd") else self._show(text)
+        return self._show(final=False)
 
     def flush(self) -> str:
         """Return what is still held back; incomplete bytes become U+FFFD."""
         if self._tokenizer._byte_pieces is not None:
             return self._utf8.decode(b"", final=True)
-        return self._show(self._tokenizer.decode(self._ids))
+        return self._show(final=True)
 
-    def _show(self, text: str) -> str:
-        new, self._shown = text[len(self._shown) :], text
-        return new
+    def _show(self, final: bool) -> str:
+        """The text of the ids held back: what decoding them after those shown before adds to these."""
+        known, text = self._tokenizer.decode(self._ids[: self._shown]), self._tokenizer.decode(self._ids)
+        if len(text) <= len(known) or (text.endswith("\ufffd") and not final):
+            return ""
+        self._ids = self._ids[self._shown :]
+        self._shown = len(self._ids)
+        return text[len(known) :]
 
 
 def _byte_level(model: models.BPE, pattern: str | None) -> Backend:

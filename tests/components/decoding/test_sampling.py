@@ -3,15 +3,22 @@
 from __future__ import annotations
 
 import math
+import re
+from dataclasses import replace
 
 import numpy as np
 import pytest
 import torch
 
-from components.contracts import SamplingParams, UserError
+from components.contracts import Constraint, SamplingParams, UserError
 from components.decoding.greedy import Greedy
 from components.decoding.sample import Sample
 from components.decoding.sampling import GOLDEN, MASK, check_params, mix64, sample_token, uniforms
+
+PLAIN = {
+    **{"temperature": 1.0, "top_k": None, "top_p": None, "min_p": None, "repetition_penalty": 1.0},
+    **{"stop": [], "regex": None, "choice": None},
+}
 
 
 def params(**changes) -> SamplingParams:
@@ -139,8 +146,14 @@ def test_a_rows_choice_does_not_depend_on_the_batch():
 
 
 def test_options_make_the_params():
-    assert Greedy().params(5, 9) == SamplingParams(max_new_tokens=5, temperature=0.0, seed=9)
-    assert Sample(0.7, 5, 0.9).params(6, 1) == SamplingParams(max_new_tokens=6, temperature=0.7, top_k=5, top_p=0.9, seed=1)
+    assert Greedy([], None, None).params(5, 9) == SamplingParams(max_new_tokens=5, temperature=0.0, seed=9)
+    held = Greedy([], None, ["yes", "no"]).params(5, 9).constraint
+    assert held == Constraint(choice=("yes", "no"))
+    plain = SamplingParams(max_new_tokens=6, temperature=0.7, top_k=5, top_p=0.9, seed=1)
+    assert Sample(0.7, 5, 0.9, None, 1.0, [], None, None).params(6, 1) == plain
+    further = replace(plain, min_p=0.1, repetition_penalty=1.2, stop=("\n", "END"))
+    assert Sample(0.7, 5, 0.9, 0.1, 1.2, ["\n", "END"], None, None).params(6, 1) == further
+    assert Sample(0.7, 5, 0.9, None, 1.0, [], r"\d+", None).params(6, 1) == replace(plain, constraint=Constraint(regex=r"\d+"))
 
 
 @pytest.mark.parametrize(
@@ -148,11 +161,33 @@ def test_options_make_the_params():
     [
         *[("temperature", -1), ("temperature", math.nan), ("temperature", math.inf), ("temperature", "hot")],
         *[("top_k", 0), ("top_k", 2.5), ("top_k", True), ("top_p", 0), ("top_p", 1.5), ("top_p", "x")],
+        *[("min_p", -0.1), ("min_p", 2), ("repetition_penalty", 0), ("repetition_penalty", math.inf), ("choice", [])],
     ],
 )
 def test_bad_values_are_refused_by_name(key, value):
-    with pytest.raises(UserError, match=rf"^decode\.{key}: {value}; .*allowed"):
-        Sample(**{"temperature": 1.0, "top_k": None, "top_p": None, key: value})
+    with pytest.raises(UserError, match=rf"^decode\.{key}: {re.escape(str(value))}; .*allowed"):
+        Sample(**{**PLAIN, key: value})
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"stop": ("",)}, r"decode.stop: \('',\); .*allowed"),
+        ({"stop": "END"}, r"decode.stop: 'END'; a list"),
+        ({"min_new_tokens": 9}, r"decode.min_new_tokens: 9; .*0 to 8"),
+        ({"logprobs": -1}, r"decode.logprobs: -1; "),
+        ({"stop_ids": (-1,)}, r"decode.stop_ids: \(-1,\); "),
+        ({"seed": 1.5}, r"seed: 1.5; "),
+        ({"constraint": Constraint(regex="a"), "stop": ("b",)}, r"decode.stop: \['b'\] is not allowed with decode.regex"),
+        ({"constraint": Constraint(choice=("a",)), "min_new_tokens": 2}, r"decode.min_new_tokens: 2 is not allowed with decode.choice"),
+        ({"constraint": Constraint(choice=("a",)), "ignore_eos": True}, r"decode.ignore_eos: True is not allowed with decode.choice"),
+        ({"constraint": Constraint(choice=("a",), regex="a")}, "held to one of them"),
+        ({"constraint": Constraint()}, "held to one of them"),
+    ],
+)
+def test_what_cannot_be_decoded_with_is_refused(changes, message):
+    with pytest.raises(UserError, match=message):
+        check_params(params(**changes))
 
 
 @pytest.mark.parametrize("value", [0, -3, 1.5])

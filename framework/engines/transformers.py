@@ -14,7 +14,8 @@ import torch
 from torch import Tensor
 
 from components.contracts import Completion, Decoding, Prompt, Request, Result, SamplingParams, Tokenizer, Usage, UserError
-from components.decoding.sampling import check_params, sample_token, uniforms
+from components.decoding.sampling import RowSampling, check_params, sample_token, seen_tokens
+from components.decoding.stops import TextStream
 
 Row = tuple[int, list[int], SamplingParams, int]  # place in the call, ids, parameters, row of the random numbers
 
@@ -37,7 +38,9 @@ class TransformersEngine:
 
     takes = "export"
     reader: Literal["transformers", "vllm"] = "transformers"
-    capabilities = frozenset({"n", "seed", "logprobs", "token_ids", "score"})
+    capabilities = frozenset(
+        {"n", "seed", "logprobs", "token_ids", "score", "top_k", "min_p", "repetition_penalty", "stop_ids", "ignore_eos"}
+    )
 
     def __init__(self, folder: Path, tokenizer: Tokenizer, max_batch: int, dtype: Literal["float32", "bfloat16"], device: str) -> None:
         if max_batch < 1:
@@ -70,11 +73,9 @@ class TransformersEngine:
         else:
             rows = [(index, self._ids(prompt), one, 0) for index, (prompt, one) in enumerate(zip(prompts, params, strict=True))]
         for _, _, one, _ in rows:
-            check_params(one)
-        alike = sorted(rows, key=lambda row: (repr(replace(row[2], seed=0)), len(row[1])))
-        for _, group in itertools.groupby(alike, key=lambda row: replace(row[2], seed=0)):
-            for batch in batched(group, self.max_batch):
-                yield from zip([row[0] for row in batch], self._batch(batch), strict=True)
+            self._check(one)
+        for batch in batches(rows, self.max_batch):
+            yield from zip([row[0] for row in batch], self._batch(batch), strict=True)
 
     def pieces(self, prompt: Prompt, params: SamplingParams) -> Iterator[str]:
         """The whole text at once: a static batch has no pieces."""
@@ -101,45 +102,57 @@ class TransformersEngine:
         began, rows, found = time.monotonic(), list[Row](), dict[int, Result]()
         for place, request in enumerate(requests):
             try:
-                check_params(request.params)
+                self._check(request.params)
                 ids = self._ids(request.prompt)
                 rows += [(place, ids, request.params, sample) for sample in range(request.n)]
                 found[place] = Result(request.id, [], Usage(prompt=len(ids)), {}, self.engine_id)
             except (UserError, ValueError) as error:
                 found[place] = Result(request.id, [], Usage(), {}, self.engine_id, str(error))
-        alike = sorted(rows, key=lambda row: (repr(replace(row[2], seed=0)), len(row[1]), row[0], row[3]))
-        for _, group in itertools.groupby(alike, key=lambda row: replace(row[2], seed=0)):
-            for batch in batched(group, self.max_batch):
-                for (place, *_), completion in zip(batch, self._batch(batch), strict=True):
-                    found[place].completions.append(completion)
-                    found[place].usage.completion += len(completion.token_ids)
+        said: dict[tuple[int, int], Completion] = {}
+        for batch in batches(rows, self.max_batch):
+            said |= zip([(place, sample) for place, _, _, sample in batch], self._batch(batch), strict=True)
+        for (place, _), completion in sorted(said.items(), key=lambda item: item[0]):
+            found[place].completions.append(completion)
+            found[place].usage.completion += len(completion.token_ids)
         for result in found.values():
             result.latency = {"total": time.monotonic() - began}
         return [(request, found[place]) for place, request in enumerate(requests)]
 
+    def _check(self, params: SamplingParams) -> None:
+        """Raise UserError for values that are not allowed, and a constraint, which this engine does not have."""
+        check_params(params)
+        if params.constraint is not None or params.logprobs is not None:
+            raise UserError("engine: transformers has no decode.regex, decode.choice and alternatives here; take engine=native or vllm")
+
     def _batch(self, rows: list[Row]) -> list[Completion]:
-        """Complete rows with the same parameters but for their seeds."""
+        """Complete rows that may stop at the same ids and are as long at most."""
         params, longest = rows[0][2], max(len(ids) for _, ids, _, _ in rows)
-        stops = {*params.stop_ids, *(() if params.ignore_eos else self.tokenizer.stop_ids)}
+        stops = stops_of(params, self.tokenizer)
         ids = torch.tensor([[self.tokenizer.eot_id] * (longest - len(row)) + row for _, row, _, _ in rows], device=self.model.device)
         mask = torch.tensor([[0] * (longest - len(row)) + [1] * len(row) for _, row, _, _ in rows], device=self.model.device)
-        choose = Chooser([(one.seed, row) for _, _, one, row in rows], params, longest, self._blocked)
+        own = [one for _, _, one, _ in rows]
+        sampling = RowSampling.of(own, [row for *_, row in rows], [sorted(stops)] * len(rows), self.model.device)
+        choose = Chooser(sampling, longest, self._blocked, [row for _, row, _, _ in rows])
         with torch.inference_mode():
             out = self.model.generate(
                 ids, attention_mask=mask, do_sample=False, num_beams=1, max_new_tokens=params.max_new_tokens, logits_processor=[choose],
                 eos_token_id=sorted(stops) or None, pad_token_id=self.tokenizer.eot_id,
-                min_new_tokens=params.min_new_tokens or None,
             )  # fmt: skip
         logprobs = torch.stack(choose.logprobs, 1).tolist()
-        return [self._complete(said, known, stops) for said, known in zip(out[:, longest:].tolist(), logprobs, strict=True)]
+        return [self._complete(*row, stops) for row in zip(own, out[:, longest:].tolist(), logprobs, strict=True)]
 
-    def _complete(self, said: list[int], logprobs: list[float], stops: set[int]) -> Completion:
+    def _complete(self, params: SamplingParams, said: list[int], logprobs: list[float], stops: set[int]) -> Completion:
+        """Cut a row at its first stop id, or at its first stop string, which transformers went past."""
         end = next((place for place, token in enumerate(said) if token in stops), None)
-        said = said if end is None else said[: end + 1]
+        text = TextStream(cast(Any, self.tokenizer), params.stop)
+        text.extend(said if end is None else said[:end])
+        text.flush()
+        if text.stopped is not None:
+            said, why = said[: text.tokens], text.stopped
+        else:
+            said, why = (said, None) if end is None else (said[: end + 1], said[end])
         self._generated += len(said)
-        text = self.tokenizer.decode(said if end is None else said[:-1])
-        reason = "length" if end is None else "stop"
-        return Completion(said, text, logprobs[: len(said)], cast(Any, reason), None if end is None else said[-1])
+        return Completion(said, text.text, logprobs[: len(said)], "length" if why is None else "stop", why)
 
     def score(self, sequences: list[list[int]]) -> list[Tensor]:
         """See the contract; one sequence a forward."""
@@ -162,24 +175,37 @@ class TransformersEngine:
 class Chooser:
     """A logits processor that leaves one token: the one that our sampling draws. logprobs: of the chosen tokens, (B,) a step."""
 
-    def __init__(self, draws: list[tuple[int, int]], params: SamplingParams, start: int, blocked: Tensor) -> None:
-        """draws: (seed, row) of each row's random numbers; start: length of the padded prompts."""
-        self.draws, self.params, self.start, self.blocked = draws, params, start, blocked
+    def __init__(self, sampling: RowSampling, start: int, blocked: Tensor, prompts: list[list[int]]) -> None:
+        """start: length of the padded prompts; blocked: (V,) bool."""
+        self.sampling, self.start, self.blocked = sampling, start, blocked
+        self.seen = seen_tokens(prompts, len(blocked), blocked.device) if sampling.penalty is not None else None
         self.logprobs: list[Tensor] = []
 
     def __call__(self, input_ids: Tensor, scores: Tensor) -> Tensor:
-        position = input_ids.shape[1] - self.start
-        drawn = torch.cat([uniforms(seed, [row], [position]) for seed, row in self.draws])
-        chosen, logprobs = sample_token(scores.float(), self.params, drawn, self.blocked)
+        positions = [input_ids.shape[1] - self.start] * len(input_ids)
+        blocked = self.sampling.blocked(self.blocked, positions)
+        chosen, logprobs = sample_token(scores.float(), self.sampling, self.sampling.uniforms(positions), blocked, self.seen)
+        if self.seen is not None:
+            self.seen.scatter_(1, chosen[:, None], True)
         self.logprobs.append(logprobs.cpu())
         return torch.full_like(scores, -torch.inf).scatter_(1, chosen[:, None], 0.0)
 
 
-def batched(rows: Any, size: int) -> Iterator[list[Row]]:
-    """Lists of up to `size` rows."""
-    source = iter(rows)
-    while some := list(itertools.islice(source, size)):
-        yield some
+def stops_of(params: SamplingParams, tokenizer: Tokenizer) -> set[int]:
+    """The ids that end a row."""
+    return {*params.stop_ids, *(() if params.ignore_eos else tokenizer.stop_ids)}
+
+
+def batches(rows: list[Row], size: int) -> Iterator[list[Row]]:
+    """Batches of up to `size` rows that end alike, those of similar length together."""
+
+    def kind(row: Row) -> tuple[int, tuple[int, ...], bool]:
+        return row[2].max_new_tokens, row[2].stop_ids, row[2].ignore_eos
+
+    alike = sorted(rows, key=lambda row: (kind(row), len(row[1])))
+    for _, group in itertools.groupby(alike, key=kind):
+        while batch := list(itertools.islice(group, size)):
+            yield batch
 
 
 async def gathered(requests: AsyncIterable[Request], size: int) -> AsyncIterator[list[Request]]:

@@ -19,7 +19,7 @@ def heat_map(
     """Draw tables of numbers side by side, each number in its coloured cell; None leaves a cell empty.
 
     Args:
-        panels: measure -> a row of numbers for each of `down`, a number in it for each of `across`. A `score` is coloured from 0 to 1.
+        panels: measure -> a row of numbers for each of `down`, a number in it for each of `across`. A score is coloured from 0 to 1.
         labels: of the two axes, the vertical one first.
         path: PNG to write.
         title: one line above.
@@ -33,7 +33,7 @@ def heat_map(
     for place, (measure, numbers) in enumerate(panels.items(), start=1):
         axes = figure.add_subplot(1, len(panels), place)
         values = [[math.nan if number is None else number for number in row] for row in numbers]
-        shares = measure == "score"
+        shares = is_share(measure)
         image: Any = axes.imshow(values, aspect="auto", cmap="RdYlGn" if shares else "viridis_r")
         if shares:
             image.set_clim(0.0, 1.0)
@@ -66,7 +66,12 @@ def length_curve(values: Mapping[int, float], measure: str, trained_length: int,
     save(figure, path)
 
 
+def is_share(measure: str) -> bool:
+    """Whether a measure lies between 0 and 1 and is shown in per cent."""
+    return measure.endswith("score")
+
+
 def unit(measure: str) -> str:
     """A measure in a reader's words, with its unit."""
     words = measure.replace("_", " ")
-    return "score, %" if measure == "score" else words if measure.endswith(UNITLESS) else f"{words}, nats a token"
+    return f"{words}, %" if is_share(measure) else words if measure.endswith(UNITLESS) else f"{words}, nats a token"

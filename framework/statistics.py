@@ -1,4 +1,4 @@
-"""Small-sample statistics of comparisons between runs: Student's t and the intervals made from it. Needs numpy only."""
+"""Statistics of comparisons: intervals of few runs by Student's t, and two ways to answer the same items. Needs numpy only."""
 
 from __future__ import annotations
 
@@ -88,3 +88,75 @@ def welch_interval(first: Sequence[float], second: Sequence[float], level: float
     df = sum(parts) ** 2 / sum(part**2 / (len(group) - 1) for part, group in zip(parts, (first, second)))
     half = t_quantile(1 - (1 - level) / 2, df) * math.sqrt(sum(parts))
     return difference, difference - half, difference + half
+
+
+def mcnemar(first: Sequence[bool], second: Sequence[bool]) -> tuple[int, int, float]:
+    """Exact McNemar test of two ways to answer the same items: does one win more of those on which they differ?
+
+    With b items that only the first has right and c only the second, p = min(1, 2 P(X <= min(b, c))), X binomial of b + c draws and 1/2.
+
+    Returns:
+        (b, c, two-sided p); p is 1 where they never differ.
+
+    Raises:
+        ValueError: no items, or not the same number.
+
+    Example:
+        >>> mcnemar([True, True, True, True, False], [False, False, False, True, False])
+        (3, 0, 0.25)
+    """
+    _same_items("mcnemar", first, second)
+    only_first = sum(a and not b for a, b in zip(first, second))
+    only_second = sum(b and not a for a, b in zip(first, second))
+    differ = only_first + only_second
+    below = sum(math.comb(differ, i) for i in range(min(only_first, only_second) + 1))
+    return only_first, only_second, min(1.0, 2 * below / 2**differ)  # whole numbers up to here: exact, and no overflow
+
+
+def paired_bootstrap(
+    first: Sequence[float], second: Sequence[float], seed: int = 0, resamples: int = 10_000, level: float = 0.95
+) -> tuple[float, float, float]:
+    """Difference of two means over the same items, first minus second, with its percentile interval: items are drawn anew, in pairs.
+
+    Returns:
+        (difference, low, high).
+
+    Raises:
+        ValueError: no items, or not the same number.
+    """
+    _same_items("paired_bootstrap", first, second)
+    differences = np.asarray(first, dtype=np.float64) - np.asarray(second, dtype=np.float64)  # (items,)
+    rng, items = np.random.default_rng(seed), len(differences)
+    means = [differences[rng.integers(items, size=items)].mean() for _ in range(resamples)]
+    low, high = np.quantile(means, [(1 - level) / 2, (1 + level) / 2])
+    return float(differences.mean()), float(low), float(high)
+
+
+def k_correct(candidates: Sequence[Sequence[bool]], final: Sequence[bool]) -> list[tuple[int, int, int]]:
+    """How often the final answer is right, by how many of the candidates it was made from are.
+
+    Args:
+        candidates: for each item, which of its n candidates are right; n is the same for all.
+        final: for each item, whether the final answer is.
+
+    Returns:
+        (k, items with k right candidates, right final answers among them) for k = 0 to n.
+
+    Raises:
+        ValueError: no items, not the same number, or items with different numbers of candidates.
+
+    Example:
+        >>> k_correct([[True, False], [True, True], [False, True]], [True, True, False])
+        [(0, 0, 0), (1, 2, 1), (2, 1, 1)]
+    """
+    _same_items("k_correct", candidates, final)
+    if len(sizes := {len(some) for some in candidates}) > 1:
+        raise ValueError(f"k_correct: items with {min(sizes)} to {max(sizes)} candidates; the same number is needed")
+    counts = [sum(some) for some in candidates]
+    groups = [[right for count, right in zip(counts, final) if count == k] for k in range(sizes.pop() + 1)]
+    return [(k, len(group), sum(group)) for k, group in enumerate(groups)]
+
+
+def _same_items(name: str, first: Sequence[object], second: Sequence[object]) -> None:
+    if not first or len(first) != len(second):
+        raise ValueError(f"{name}: {len(first)} and {len(second)} items; the same number of at least 1 is needed")

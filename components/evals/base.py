@@ -21,11 +21,12 @@ class Exam:
     """A run under test and what goes with it.
 
     trained_length: tokens. limit: most tokens of prompt and answer that the engine takes, None for no end. frame: ids before and after what
-    a user says, as the run's training texts have them. text(least, most, key): ids of its held-out text in reading order, then of its
-    training text; key: of the configuration, to name where there are fewer than `least`. complete(prompts, max_new_tokens): (index,
-    completion) as they are finished, decoded as the user chose. another(path): the same exam, text included, for another run, as it was
-    trained; None is the run that this one started from. progress(done, total, what): how many of all tokens are read. questions(): (prompt
-    as in training, right answer) of what each task of the data holds out, by task; choose(task): which task is asked next.
+    a user says, as the run's training texts have them; render: all ids, of what a user says. text(least, most, key): ids of its held-out
+    text in reading order, then of its training text; key: of the configuration, to name where there are fewer than `least`.
+    complete(prompts, max_new_tokens): (index, completion) as they are finished, decoded as the user chose. another(path): the same exam,
+    text included, for another run, as it was trained; None is the run that this one started from. progress(done, total, what): how many of
+    all tokens are read. questions(): (prompt as in training, right answer) of what each task of the data holds out, by task; choose(task):
+    which task is asked next.
     """
 
     engine: Engine
@@ -33,12 +34,18 @@ class Exam:
     trained_length: int
     limit: int | None
     frame: tuple[list[int], list[int]]
+    render: Callable[[str], list[int]]
     text: Callable[[int, int, str], list[int]]
     complete: Callable[[list[list[int]], int], Iterator[tuple[int, Completion]]]
     another: Callable[[str | None], Exam]
     progress: Callable[[int, int, str], None]
     questions: Callable[[], Mapping[str, Iterable[tuple[str, str]]]] = dict
     choose: Callable[[str], None] = lambda task: None
+
+    @property
+    def instructed(self) -> bool:
+        """Whether the run's training texts have marks or a template round what a user says."""
+        return bool(self.frame[1])
 
     def check_length(self, key: str, length: int) -> None:
         """Raise UserError, naming `key`, for a length beyond the limit."""

@@ -6,49 +6,15 @@ arXiv 2304.01933): their public code, and that of MTL-LoRA (arXiv 2410.09437) fo
 
 from __future__ import annotations
 
-import re
 from collections.abc import Sequence
 from itertools import islice
 
 from components.contracts import Completion, UserError
 from components.data.errors import at_least, choice
 from components.evals.base import Exam, Item, Questions, Row
+from components.evals.extraction import family_of, label_of, picked
 
-FAMILIES = ("true|false", "solution1|solution2", "|".join(f"answer{i}" for i in range(1, 6)), "|".join(f"ending{i}" for i in range(1, 5)),
-            "option1|option2")  # fmt: skip
-NUMBERED = FAMILIES[2]
 MATCHERS = ("strict", "lenient")
-
-
-def family_of(label: str) -> str | None:
-    """The labels that an answer may name, as a regex, where `label` is one of them.
-
-    >>> family_of("option2")
-    'option1|option2'
-    """
-    return next((family for family in FAMILIES if re.fullmatch(family, label)), None)
-
-
-def label_of(answer: str) -> str | None:
-    """The label that a right answer is, or else names first; None for neither.
-
-    >>> label_of("the correct answer is answer3"), label_of("false"), label_of("Oslo")
-    ('answer3', 'false', None)
-    """
-    found = re.search("|".join(FAMILIES), answer)
-    return found[0] if found else None
-
-
-def picked(text: str, family: str, matcher: str) -> str:
-    """The first label of the family in a text, '' for none. lenient: of answer1 to answer5 its number will do.
-
-    >>> picked("I say answer2, not answer1", NUMBERED, "strict"), picked("it is 4", NUMBERED, "lenient")
-    ('answer2', '4')
-    """
-    found = re.search(family, text)
-    if found is None and matcher == "lenient" and family == NUMBERED:
-        found = re.search("[1-5]", text)
-    return found[0] if found else ""
 
 
 class Choice(Questions):

@@ -2,10 +2,7 @@
 
 from __future__ import annotations
 
-import re
-from decimal import Decimal
-
-NUMBER = re.compile(r"-?\d[\d,]*(?:\.\d+)?")
+from components.evals.extraction import final_number
 
 
 class FinalNumber:
@@ -24,14 +21,5 @@ class FinalNumber:
 
     def __call__(self, answer: str, solution: str) -> bool:
         """Whether both have a final number, and the same."""
-        found = self.number(answer)
-        return found is not None and found == self.number(solution)
-
-    def number(self, text: str) -> Decimal | None:
-        """The final number of a text; commas between its digits are left out. None where there is none."""
-        if self.mark is not None:
-            _, mark, text = text.rpartition(self.mark)
-            found = NUMBER.match(text.strip()) if mark else None
-        else:
-            found = next(reversed([*NUMBER.finditer(text)]), None)
-        return Decimal(found[0].replace(",", "")) if found else None
+        found = final_number(answer, self.mark)
+        return found is not None and found == final_number(solution, self.mark)

@@ -21,7 +21,7 @@ from components.adapters.base import OFF, task_ids
 from components.contracts import Completion, UserError
 from components.evals.base import Evaluation, Exam, Row
 from framework.build import Run, build_data
-from framework.evaluation_plots import heat_map, length_curve, unit
+from framework.evaluation_plots import heat_map, is_share, length_curve, unit
 from framework.generate import Context, completions, new_file, run_renderer
 from framework.overrides import group_options
 from framework.procedure import text_ids
@@ -123,9 +123,9 @@ def make_exam(context: Context) -> Exam:
         if holder is not None and len(holder) and index is None:
             holder.set(task)
 
-    limit, frame = getattr(engine, "context_length", None), turn(run_renderer(run), run)
+    limit, render = getattr(engine, "context_length", None), run_renderer(run)
     exam = Exam(
-        engine, run.tokenizer, trained_length(run), limit, frame, text, complete, another, Progress(), questions, choose
+        engine, run.tokenizer, trained_length(run), limit, turn(render, run), render, text, complete, another, Progress(), questions, choose
     )  # fmt: skip
     return exam
 
@@ -236,6 +236,9 @@ def print_tables(rows: Sequence[Row], console: Console) -> None:
     names = ["all" if length is None else f"{length:,}" for length in lengths]
     if len(tasks) == 1:
         found = [[shown(m, mean(rows, m, length=length)) for m in measures(rows)] for length in lengths]
+        if lengths == [None]:
+            print_table(["items", *map(unit, measures(rows))], [[f"{len(rows):,}", *found[0]]], console)
+            return
         print_table(["tokens", *map(unit, measures(rows))], [[name, *cells] for name, cells in zip(names, found, strict=True)], console)
         return
     for m in measures(rows):
@@ -260,7 +263,7 @@ def shown(measure: str, value: float | None) -> str:
     """A number of a table; shares in per cent."""
     if value is None:
         return ""
-    return f"{100 * value:.1f}" if measure == "score" else f"{value:.3f}"
+    return f"{100 * value:.1f}" if is_share(measure) else f"{value:.3f}"
 
 
 def draw(name: str, rows: Sequence[Row], trained: int, folder: Path, title: str) -> list[Path]:

@@ -38,6 +38,7 @@ def exam(engine: Any = None, trained_length: int = 256, text: list[int] = TEXT, 
 
     parts: dict[str, Any] = {
         "engine": engine, "tokenizer": TOKENIZER, "trained_length": trained_length, "limit": None, "frame": ([TOKENIZER.eot_id], []),
+        "render": lambda said: [TOKENIZER.eot_id, *TOKENIZER.encode(said)],
         "text": source or (lambda least, most, key: text[:most]), "complete": complete, "another": None,
         "progress": lambda done, total, what: None,
     }  # fmt: skip

@@ -10,7 +10,8 @@ import yaml
 from exams import TOKENIZER, Scripted, exam
 
 from components.contracts import UserError
-from components.evals.choice import FAMILIES, Choice, family_of, label_of, picked
+from components.evals.choice import Choice
+from components.evals.extraction import FAMILIES, family_of, label_of, picked
 
 CONF = Path(__file__).parents[3] / "conf" / "eval" / "choice.yaml"
 QUESTIONS = {

@@ -147,6 +147,7 @@ class TransformersEngine:
         text = TextStream(cast(Any, self.tokenizer), params.stop)
         text.extend(said if end is None else said[:end])
         text.flush()
+        why: str | int | None
         if text.stopped is not None:
             said, why = said[: text.tokens], text.stopped
         else:

@@ -111,6 +111,14 @@ def test_stop_id(engine, native):
     assert one.token_ids == plain[: plain.index(stop) + 1] and one.finish_reason == "stop"
 
 
+def test_stop_string(engine):
+    """Found in a letter pair that the plain answer holds; the text ends before it."""
+    plain = engine.generate(prompts()[:1], GREEDY)[0].text
+    stop = next(plain[i : i + 2] for i in range(4, len(plain) - 2) if plain[i : i + 2].isascii() and plain[i : i + 2] not in plain[: i + 1])
+    one = engine.generate(prompts()[:1], replace(GREEDY, stop=(stop,)))[0]
+    assert one.text == plain[: plain.index(stop)] and one.finish_reason == "stop"
+
+
 def test_n_answers_to_a_request(engine):
     for result in streamed(engine, [Request(str(i), ids, replace(DRAWN, seed=i), n=3) for i, ids in enumerate(prompts()[:3])]):
         assert result.error is None and len(result.completions) == 3

@@ -112,11 +112,17 @@ def test_stop_id(engine, native):
 
 
 def test_stop_string(engine):
-    """Found in a letter pair that the plain answer holds; the text ends before it."""
-    plain = engine.generate(prompts()[:1], GREEDY)[0].text
-    stop = next(plain[i : i + 2] for i in range(4, len(plain) - 2) if plain[i : i + 2].isascii() and plain[i : i + 2] not in plain[: i + 1])
-    one = engine.generate(prompts()[:1], replace(GREEDY, stop=(stop,)))[0]
-    assert one.text == plain[: plain.index(stop)] and one.finish_reason == "stop"
+    """Two characters, which are two tokens; the text ends before them."""
+    params = replace(GREEDY, max_new_tokens=100)
+    plain = [(ids, one.text) for ids, one in zip(prompts(), engine.generate(prompts(), params), strict=True)]
+    ids, text, stop = next(
+        (ids, text, text[i : i + 2])
+        for ids, text in plain
+        for i in range(2, len(text) - 2)
+        if text[i : i + 2].isascii() and text[i : i + 2].isprintable() and text.index(text[i : i + 2]) == i
+    )
+    one = engine.generate([ids], replace(params, stop=(stop,)))[0]
+    assert one.text == text[: text.index(stop)] and one.finish_reason == "stop"
 
 
 def test_n_answers_to_a_request(engine):

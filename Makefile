@@ -2,7 +2,7 @@
 PYTHON ?= python3
 PIP = .venv/bin/pip --disable-pip-version-check install --quiet
 
-.PHONY: train test test-slow test-vllm lint clean
+.PHONY: train test test-slow test-vllm test-serve lint clean
 train: .venv/.run
 	.venv/bin/python train.py $(ARGS)
 
@@ -11,11 +11,15 @@ test: .venv/.dev
 	OMP_NUM_THREADS=1 .venv/bin/python -m pytest -n 2 --dist loadfile $(ARGS)
 
 test-slow: .venv/.dev
-	OMP_NUM_THREADS=1 .venv/bin/python -m pytest -m slow -n 2 --dist loadfile $(ARGS)
+	OMP_NUM_THREADS=1 .venv/bin/python -m pytest -m slow -n 2 --dist worksteal $(ARGS)
 
 # exported folders in a real vLLM, on the CPU
 test-vllm: .venv/.dev .venv-vllm/.done
 	OMP_NUM_THREADS=1 .venv/bin/python -m pytest -m vllm tests/serving $(ARGS)
+
+# `transformers serve` as a server, in an environment of its own
+test-serve: .venv/.dev .venv-serve/.done
+	OMP_NUM_THREADS=1 .venv/bin/python -m pytest -m serve tests/serving $(ARGS)
 
 lint: .venv/.dev
 	.venv/bin/ruff check .
@@ -43,5 +47,12 @@ lint: .venv/.dev
 	.venv-vllm/bin/pip uninstall --quiet --yes torchvision torchaudio torchcodec
 	@touch $@
 
+.venv-serve/.done: Makefile
+	$(PYTHON) -m venv --clear .venv-serve
+	@echo "installing transformers serve into .venv-serve (one to two minutes)"
+	.venv-serve/bin/pip --disable-pip-version-check install --quiet torch==2.13.0
+	.venv-serve/bin/pip --disable-pip-version-check install --quiet "transformers[serving]>=5.20,<6"
+	@touch $@
+
 clean:
-	rm -rf .venv .venv-vllm build *.egg-info .pytest_cache .mypy_cache .ruff_cache
+	rm -rf .venv .venv-vllm .venv-serve build *.egg-info .pytest_cache .mypy_cache .ruff_cache

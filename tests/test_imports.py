@@ -9,11 +9,11 @@ import pytest
 ROOT = Path(__file__).resolve().parent.parent
 STDLIB_OR = {
     "kernels": {"torch", "triton", "numpy", "kernels"},
-    "components": {"torch", "numpy", "kernels", "components"},
+    "components": {"torch", "numpy", "scipy", "kernels", "components"},
     "benchmarks": {"torch", "numpy", "kernels", "components", "benchmarks", "matplotlib", "rich"},
 }
 LAZY = {
-    "components": {"transformers", "datasets", "tokenizers", "safetensors", "rich", "pyarrow", "peft", "scipy"},
+    "components": {"transformers", "datasets", "tokenizers", "safetensors", "rich", "pyarrow", "peft", "sklearn"},
     "benchmarks": {"transformers"},
 }
 NEVER = {"hydra", "omegaconf", "lightning", "wandb", "framework", "conf"}

@@ -15,7 +15,7 @@ from components.synthesis.decontamination import Benchmarks, Hit, read_benchmark
 from components.synthesis.text import words
 
 NAMES, THINGS = ["Ann", "Bo", "Cleo", "Dan"], ["apples", "pens", "stamps", "coins"]
-GSM8K = os.environ.get("PATCHBAY_GSM8K", "")
+DATA = os.environ.get("PATCHBAY_DATA", "")  # a folder with gsm8k/ as its authors publish it
 
 
 def made_items(count, seed):
@@ -97,10 +97,10 @@ def test_bad_settings():
         Benchmarks({"made": ["a"]}, 0)
 
 
-@pytest.mark.skipif(not GSM8K, reason="PATCHBAY_GSM8K names no folder with GSM8K's train.jsonl and test.jsonl")
+@pytest.mark.skipif(not DATA, reason="PATCHBAY_DATA names no folder with gsm8k/train.jsonl and test.jsonl")
 def test_gsm8k():
     """No training question is a test question; of test questions with one word changed, at least 98 in 100 are caught."""
-    train, test = ([json.loads(line)["question"] for line in (Path(GSM8K) / f"{part}.jsonl").open()] for part in ("train", "test"))
+    train, test = ([json.loads(line)["question"] for line in (Path(DATA) / "gsm8k" / f"{part}.jsonl").open()] for part in ("train", "test"))
     benchmarks = Benchmarks({"gsm8k": test}, 13)
     assert min(len(words(text)) for text in test) >= 13
     assert benchmarks.check(train).counts == {"gsm8k/exact": 0, "gsm8k/overlap": 4}

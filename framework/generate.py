@@ -224,13 +224,14 @@ class Answer:
         prompts = [render(request.given, where=request.where) for request in requests for _ in range(self.n)]
         path = Path(self.output) if self.output is not None else context.out_dir / "generations.jsonl"
         tokens, started = 0, time.perf_counter()
-        notes = Console(stderr=True, highlight=False, soft_wrap=True)
+        notes, errors = Console(stderr=True, highlight=False, soft_wrap=True), list[str]()
         with new_file(path) as file, progress_bar(notes) as bar:
             job = bar.add_task("answers", total=len(prompts), rate="")
             waiting: dict[int, str] = {}
             written = 0
             for index, completion in completions(context.engine, prompts, context.params):
                 tokens += len(completion.token_ids)
+                errors += [str(completion.stop_reason)] if completion.finish_reason == "error" else []
                 seconds = time.perf_counter() - started
                 waiting[index] = json.dumps(record(requests[index // self.n], index % self.n, completion, seconds), ensure_ascii=False)
                 while written in waiting:
@@ -238,8 +239,13 @@ class Answer:
                     written += 1
                 file.flush()
                 bar.update(job, advance=1, rate=f"{tokens / seconds:.0f} tokens/s")
-        metrics = measures(tokens, time.perf_counter() - started, len(prompts))
-        notes.print(f"{len(prompts)} answers in {path}", markup=False)
+        metrics = measures(tokens, time.perf_counter() - started, len(prompts)) | {"errors": float(len(errors))}
+        notes.print(f"{len(prompts) - len(errors)} answers in {path}", markup=False)
+        if errors:
+            told = f"{len(errors)} of {len(prompts)} could not be had and are in the file with their error; the first: {errors[0]}"
+            if len(errors) == len(prompts):
+                raise UserError(f"engine: {told}")
+            notes.print(told, style="bold", markup=False)
         notes.print(summary(metrics, context), style="dim", markup=False)
         return metrics
 
@@ -342,6 +348,7 @@ def record(request: Request, sample: int, completion: Completion, seconds: float
         "token_ids": completion.token_ids,
         "logprob": sum(completion.logprobs),
         "finish_reason": completion.finish_reason,
+        **({"error": completion.stop_reason} if completion.finish_reason == "error" else {}),
         "tokens": len(completion.token_ids),
         "seconds": round(seconds, 3),
     }

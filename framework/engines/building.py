@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import copy
 import hashlib
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -54,7 +56,8 @@ def exported(run: Run, reader: str, cache_dir: Path, task: str | int | None) -> 
     folder = cache_dir / "exports" / f"{run.path.name}-{digest(run, reader, task)}"
     if not folder.is_dir():
         folder.parent.mkdir(parents=True, exist_ok=True)
-        export(run, folder, layout, reader, None, "paths.cache_dir", task)
+        own = replace(run, model=copy.deepcopy(run.model))  # an export merges adapters and moves weights
+        export(own, folder, layout, reader, None, "paths.cache_dir", task)
     return folder
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any, cast
 
 import httpx
@@ -152,34 +153,41 @@ class OpenAIEngine(RequestEngine):
 
     def pieces(self, prompt: Prompt, params: SamplingParams) -> Iterator[str]:
         """See the contract. Raises UserError when the server fails."""
-        path, fields = self.body(prompt, params, 1, row_seed(params.seed, 0))
-        with httpx.Client(**self._options) as client, client.stream("POST", path, json=fields | {"stream": True}) as answer:
-            try:
+        with self._waiting() as client:
+            self._refuse(Request("", prompt, params))
+            path, fields = self.body(prompt, params, 1, row_seed(params.seed, 0))
+            with client.stream("POST", path, json=fields | {"stream": True}) as answer:
                 if answer.status_code != 200:
                     answer.read()
                 check_status(answer, self.base_url)
-            except EngineError as error:
-                raise UserError(f"engine: {error}") from error
-            for line in answer.iter_lines():
-                if line.startswith("data:") and (data := line[5:].strip()) != "[DONE]":
-                    for choice in json.loads(data).get("choices", []):
-                        text = choice.get("text") or (choice.get("delta") or {}).get("content")
-                        if text:
-                            yield text
+                for line in answer.iter_lines():
+                    if line.startswith("data:") and (data := line[5:].strip()) != "[DONE]":
+                        for choice in json.loads(data).get("choices", []):
+                            text = choice.get("text") or (choice.get("delta") or {}).get("content")
+                            if text:
+                                yield text
+
+    @contextmanager
+    def _waiting(self) -> Iterator[httpx.Client]:
+        """A client for calls one after the other; what goes wrong is a UserError."""
+        try:
+            with httpx.Client(**self._options) as client:
+                yield client
+        except EngineError as error:
+            raise UserError(f"engine: {error}") from error
+        except httpx.HTTPError as error:
+            raise UserError(f"engine: {self.base_url} does not answer ({error or type(error).__name__})") from error
 
     def score(self, sequences: list[list[int]]) -> list[Tensor]:
         """See the contract. Raises UserError where the server does not give log-probabilities of a prompt."""
         if "score" not in self.capabilities:
             raise UserError(f"engine: {self.base_url} gives no log-probabilities of a prompt; take engine=native or a vLLM server")
         scores = []
-        with httpx.Client(**self._options) as client:
+        with self._waiting() as client:
             for ids in sequences:
                 fields = {"model": self.model_id, "prompt": ids, "max_tokens": 1, "temperature": 0, "prompt_logprobs": 0}
                 answer = client.post("completions", json=fields)
-                try:
-                    check_status(answer, self.base_url)
-                except EngineError as error:
-                    raise UserError(f"engine: {error}") from error
+                check_status(answer, self.base_url)
                 steps = answer.json()["choices"][0]["prompt_logprobs"][1:]
                 scores.append(torch.tensor([step[str(i)]["logprob"] for i, step in zip(ids[1:], steps, strict=True)]))
         return scores

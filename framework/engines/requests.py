@@ -17,6 +17,7 @@ import numpy as np
 from components.contracts import Completion, Decoding, Prompt, Request, Result, SamplingParams, Usage, UserError
 from components.decoding.sampling import mix64
 
+THREAD = "engine-requests"  # of the loop behind calls that wait
 SEED_BITS = 63  # servers take a signed 64-bit seed
 
 
@@ -228,7 +229,7 @@ class RequestEngine:
                 found.put(error)
 
         task = loop.create_task(pump())
-        thread = threading.Thread(target=work, daemon=True)
+        thread = threading.Thread(target=work, daemon=True, name=THREAD)
         thread.start()
         try:
             while (item := found.get()) is not None:

@@ -116,6 +116,19 @@ def claim_hash(node: Any) -> str:
 
 def declared(experiment: str | None) -> Any:
     """The claim as conf/experiment/EXPERIMENT.yaml has it now, None where there is no such file or claim."""
+    return plain(OmegaConf.select(config, "claim")) if (config := composed(experiment)) is not None else None
+
+
+def asked_for(jobs: list[Job]) -> set[str]:
+    """Keys that the jobs' experiments leave to the command (`???`), such as `data.path`."""
+    from framework.build import missing
+
+    configs = map(composed, {job.choices.get("experiment") for job in jobs})
+    return {key for config in configs if config is not None for key in missing(OmegaConf.to_container(config))}
+
+
+def composed(experiment: str | None) -> DictConfig | None:
+    """train.yaml with the experiment as its file is now, None where there is no such file."""
     import hydra
 
     from framework import resolvers
@@ -125,7 +138,7 @@ def declared(experiment: str | None) -> Any:
         return None
     resolvers.register()
     with config_loader():
-        return plain(OmegaConf.select(hydra.compose("train", [f"experiment={experiment}"]), "claim"))
+        return hydra.compose("train", [f"experiment={experiment}"])
 
 
 def plain(node: Any) -> Any:
@@ -306,7 +319,9 @@ def best_points(folder: str, claim: str) -> dict[str, dict[str, Any]]:
 
 
 def run_of(folder: str, words: Sequence[str], config: DictConfig) -> str:
-    """The resolver `${run_of:DIR,KEY=VALUE,...}`: the finished run below DIR that has this job's seed and these options or values.
+    """The resolver `${run_of:DIR,KEY=VALUE,...}`: the finished run below DIR that has these options or values.
+
+    Its seed is this job's, unless the words name one (`seed=1`: all seeds go on from one run).
 
     Raises:
         UserError: there is none, or more than one.
@@ -318,15 +333,14 @@ def run_of(folder: str, words: Sequence[str], config: DictConfig) -> str:
 
 @functools.lru_cache(maxsize=64)
 def _run_of(folder: str, words: tuple[str, ...], seed: int) -> str:
-    wanted = [word.partition("=")[::2] for word in words]
-    found = [
-        job.path
-        for job in read_jobs(Path(folder))
-        if job.done
-        and job.seed == seed
-        and all(str(job.choices[key] if key in job.choices else OmegaConf.select(job.config, key)) == value for key, value in wanted)
-    ]
+    wanted = dict(word.split("=", 1) for word in words)
+    wanted.setdefault("seed", str(seed))
+
+    def has(job: Job, key: str, value: str) -> bool:
+        return str(job.choices[key] if key in job.choices else OmegaConf.select(job.config, key)) == value
+
+    found = [job.path for job in read_jobs(Path(folder)) if job.done and all(has(job, *word) for word in wanted.items())]
     if len(found) != 1:
-        told = ", ".join([*words, f"seed={seed}"])
+        told = ", ".join(f"{key}={value}" for key, value in wanted.items())
         raise UserError(f"{folder!r} holds {len(found)} finished runs with {told}; exactly one is needed")
     return str(found[0])

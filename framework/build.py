@@ -94,7 +94,8 @@ def check(config: DictConfig) -> dict[str, Any]:
     try:
         resolved: Any = OmegaConf.to_container(config, resolve=True, throw_on_missing=True)
     except OmegaConfBaseException as error:
-        raise ConfigErrors([missing_or_broken(error)]) from error
+        lines = [f"{key}: no value given; write {key}=VALUE" for key in missing(OmegaConf.to_container(config))]
+        raise ConfigErrors(lines or [broken(error)]) from error
     lines = problems(resolved)
     if len(lines) > 1:  # a value that follows another key is wrong because that one is
         following = tuple(f"{path}{end}" for path in interpolated(OmegaConf.to_container(config)) for end in ":.")
@@ -113,12 +114,18 @@ def interpolated(node: Any, path: str = "") -> Iterator[str]:
         yield path
 
 
-def missing_or_broken(error: OmegaConfBaseException) -> str:
-    """The line for a required value that was not given, or an interpolation that leads nowhere."""
-    key = error.full_key or "?"
-    if "Missing mandatory value" in str(error):
-        return f"{key}: no value given; write {key}=VALUE"
-    return f"{key}: {first_line(error).removeprefix('UserError raised while resolving interpolation: ')}"
+def missing(node: Any, path: str = "") -> Iterator[str]:
+    """Key paths of an unresolved configuration whose value is to be given (`???`), not those that follow one of them."""
+    if isinstance(node, dict):
+        for key, value in node.items():
+            yield from missing(value, f"{path}.{key}" if path else str(key))
+    elif node == "???":
+        yield path
+
+
+def broken(error: OmegaConfBaseException) -> str:
+    """The line for an interpolation that leads nowhere."""
+    return f"{error.full_key or '?'}: {first_line(error).removeprefix('UserError raised while resolving interpolation: ')}"
 
 
 def plain(node: Any) -> Any:

@@ -17,7 +17,7 @@ from omegaconf import OmegaConf
 
 from components.contracts import UserError
 from framework import bounds
-from framework.arms import Claim, Job, arm_of, claim_hash, declared, first_stage, plain, read_claim, read_jobs, stored_hydra
+from framework.arms import Claim, Job, arm_of, asked_for, claim_hash, declared, first_stage, plain, read_claim, read_jobs, stored_hydra
 from framework.entry import report
 from framework.runs import replace_file
 from framework.statistics import mean_interval, welch_interval
@@ -118,9 +118,10 @@ def sort_jobs(claim: Claim, jobs: list[Job]) -> tuple[Cells, dict[str, int], lis
 def departures(claim: Claim, jobs: list[Job]) -> list[str]:
     """Words of the jobs that change what is computed and belong neither to an arm, nor to the seeds, nor to what the first stage chose.
 
-    The statement describes the experiment as its file has it; with such words, other runs would be judged by it.
+    The statement describes the experiment as its file has it; with such words, other runs would be judged by it. What the file itself asks
+    for, such as the folder of a user's texts, is no departure.
     """
-    own = {*claim.tunes, *(key for words in claim.arms.values() for key in words)}
+    own = {*claim.tunes, *(key for words in claim.arms.values() for key in words), *asked_for(jobs)}
     found = []
     for word in (word for job in jobs for word in job.words):
         key = word.lstrip("+~").partition("=")[0]

@@ -83,7 +83,7 @@ def tuned(key: str, *, _root_: Any) -> Any:
 
 
 def run_of(folder: str | None, *words: str, _root_: Any) -> str:
-    """Folder of the finished run below `folder` that has this job's seed, and the options or values KEY=VALUE."""
+    """Folder of the finished run below `folder` that has the options or values KEY=VALUE; its seed is this job's, where none is given."""
     from framework.arms import run_of as found
 
     return found(folder or "", words, _root_)

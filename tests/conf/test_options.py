@@ -8,6 +8,7 @@ import pytest
 import yaml
 from omegaconf import OmegaConf
 
+from components.contracts import UserError
 from framework.build import compose
 from framework.overrides import CONF, group_names, group_options
 from framework.resolvers import register
@@ -69,6 +70,7 @@ def test_option_composes_and_passes_every_check(config, group, option):
         ("rule", "rule=yarn"),
         ("attention", "attention=own"),
         ("arm", f"arm={arms and arms[1]}"),
+        ("texts", "texts=anywhere"),
     ):
         if re.search(rf"^{key}:[ \n]", text, re.MULTILINE):  # an experiment of several stages
             overrides.append(value)
@@ -147,6 +149,12 @@ def test_a_variant_of_another_model_is_a_mistake_of_the_user(variant, capsys):
     said = capsys.readouterr()
     lines = [line for line in (said.out + said.err).splitlines() if "error" in line]
     assert lines[0] == "error: model.layer_pattern: unknown key of Phi4Mini" and "Traceback" not in said.err
+
+
+def test_what_is_asked_for_is_named_itself_not_what_follows_it():
+    with pytest.raises(UserError) as refused:
+        compose("train", ["experiment=mtl_lora_realtext_base"])
+    assert str(refused.value) == "texts: no value given; write texts=VALUE"
 
 
 def test_resolvers_can_be_registered_twice():

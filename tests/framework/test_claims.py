@@ -9,8 +9,8 @@ from omegaconf import OmegaConf
 
 from components.contracts import UserError
 from framework import claims
-from framework.arms import claim_hash, declared, first_stage, problems, read_claim, run_of, tuned
-from framework.claims import BEGIN, END, INCONCLUSIVE, NOT_SUPPORTED, SUPPORTED, judge, main, write_results
+from framework.arms import claim_hash, declared, first_stage, problems, read_claim, read_jobs, run_of, tuned
+from framework.claims import BEGIN, END, INCONCLUSIVE, NOT_SUPPORTED, SUPPORTED, departures, judge, main, write_results
 from framework.statistics import welch_interval
 
 CLAIM = {
@@ -136,6 +136,15 @@ def test_setup_other_than_the_experiment_is_inconclusive(tmp_path):
     verdict = judge(write_sweep(tmp_path, NEW, OLD, claim={**CLAIM, "threshold": 0.15}, words=words))
     assert verdict["verdict"] == INCONCLUSIVE
     assert verdict["why"] == ["the runs depart from the experiment by model/size=test, +trainer.max_steps=3"]
+
+
+def test_what_the_experiment_asks_for_is_no_departure(tmp_path):
+    """It leaves the folder of the user's texts open; a key that it has not is foreign, and so is the folder where it is not asked for."""
+    words = ("texts=anywhere", "data.seq_len=8")
+    for number, (experiment, foreign) in enumerate([("mtl_lora_realtext", words[1:]), ("muon_vs_adamw", words), (None, words)]):
+        folder = tmp_path / str(number)
+        write_job(folder, 0, "new", 1, 0.1, words=words, experiment=experiment)
+        assert departures(read_claim(CLAIM), read_jobs(folder)) == list(foreign)
 
 
 def test_diverged_value_is_inconclusive(tmp_path):
@@ -313,6 +322,7 @@ def test_run_of_finds_the_run_of_this_seed(tmp_path):
         (folder / "metrics.json").write_text('{"loss": 1.0}')
     config = OmegaConf.create({"seed": 2})
     assert run_of(str(tmp_path), ["kind=new"], config) == str(tmp_path / "1_job")
+    assert run_of(str(tmp_path), ["kind=new", "seed=1"], config) == str(tmp_path / "0_job")  # one run that all seeds go on from
     with pytest.raises(UserError, match="holds 0 finished runs with kind=old, seed=2; exactly one is needed"):
         run_of(str(tmp_path), ["kind=old"], config)
     with pytest.raises(UserError, match="holds 2 finished runs with seed=1"):

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor
@@ -106,6 +106,22 @@ class KVCache:
     def map_rows(self, change: Callable[[Tensor], Tensor]) -> KVCache:
         return KVCache(change(self.keys), change(self.values), self.window, self.limit)
 
+    def put(self, row: int, source: KVCache, tokens: int) -> None:
+        """Take over the one row of `source`, which has read so many tokens; what lies beyond them is zeroed, see `reset`."""
+        held = source.keys.shape[2] if self.window is not None else tokens
+        for own, other in ((self.keys, source.keys), (self.values, source.values)):
+            own[row, :, :held] = other[0, :, :held]
+            own[row, :, held:] = 0
+
+    def resized(self, rows: int, tokens: int) -> KVCache:
+        batch, groups, slots, size = self.keys.shape
+        wanted = self.window if self.window is not None else tokens
+        keys, values = (self.keys.new_zeros(rows, groups, wanted, size) for _ in range(2))
+        made = KVCache(keys, values, self.window, wanted)
+        for own, other in zip(made.tensors, self.tensors, strict=True):
+            own[:batch, :, :slots] = other[:rows, :, :wanted]
+        return made
+
     def reset(self, rows: Tensor) -> None:
         """Zero the rows: attention gives an empty slot the weight 0, and 0 times a NaN or infinity left there is NaN."""
         self.keys[rows] = 0
@@ -160,6 +176,15 @@ class RecurrentState:
             self.ssm.copy_(ssm)
         else:
             self.conv, self.ssm = conv.detach().to(self.conv.dtype), ssm.detach().to(self.ssm.dtype)
+
+    def put(self, row: int, source: RecurrentState, tokens: int) -> None:
+        self.conv[row], self.ssm[row] = source.conv[0], source.ssm[0]
+
+    def resized(self, rows: int, tokens: int) -> RecurrentState:
+        made = self.map_rows(lambda t: t.new_zeros(rows, *t.shape[1:]))
+        for own, other in zip(made.tensors, self.tensors, strict=True):
+            own[: len(other)] = other[:rows]
+        return made
 
     def map_rows(self, change: Callable[[Tensor], Tensor]) -> RecurrentState:
         return RecurrentState(change(self.conv), change(self.ssm))
@@ -226,6 +251,11 @@ class DecodeState:
     def fresh(self) -> bool:
         """Whether no row has read a token yet."""
         return self._longest == 0
+
+    @property
+    def room_tokens(self) -> int | None:
+        """Tokens that a row can come to before a cache must grow; None where none ever does."""
+        return min((layer.keys.shape[2] for layer in self.layers if isinstance(layer, KVCache) and layer.window is None), default=None)
 
     @property
     def constant_size(self) -> bool:
@@ -295,9 +325,30 @@ class DecodeState:
         state._longest = 0
         return state
 
-    def first(self, rows: int) -> DecodeState:
-        """The first rows as views: what is written to one state is seen in the other."""
-        return self._map_rows(lambda t: t[:rows])
+    def first(self, rows: int, longest: int | None = None) -> DecodeState:
+        """The first rows as views: what is written to one state is seen in the other. longest: tokens of the longest of them, if known."""
+        return self.view(0, rows, longest)
+
+    def view(self, begin: int, end: int, longest: int | None = None) -> DecodeState:
+        """As `first`, for any rows next to each other. No cache may grow in a view; see `resized`."""
+        view = self._map_rows(lambda t: t[begin:end])
+        view._longest = self._longest if longest is None else longest
+        return view
+
+    def put(self, row: int, source: DecodeState) -> None:
+        """Let a row be a copy of the one row of `source`, a state of the same model; nothing of what the row was is left."""
+        for own, other in zip(self.layers, source.layers, strict=True):
+            own.put(row, cast(Any, other), source._longest)
+        self.length[row], self.regime[row] = source.length[0], source.regime[0]
+        self._longest = max(self._longest, source._longest)
+
+    def resized(self, rows: int, tokens: int) -> DecodeState:
+        """A copy with so many rows, and room for so many tokens where a cache has no window; what does not fit is cut, the rest empty."""
+        layers: list[LayerState] = [layer.resized(rows, tokens) for layer in self.layers]
+        made = DecodeState(layers, self.length.new_zeros(rows), self.regime.new_zeros(rows), self._longest, self.bounds)
+        kept = min(rows, self.batch_size)
+        made.length[:kept], made.regime[:kept] = self.length[:kept], self.regime[:kept]
+        return made
 
     def overwrite(self, source: DecodeState) -> None:
         """Copy a state of as many rows, and of the same model, into the own buffers, which stay where they are."""

@@ -31,25 +31,31 @@ class StaticStep:
         capacity: rows, B of every buffer.
         dtype: float32, or the dtype of autocast. Casts of weights are part of the step: a cast that autocast keeps would be freed under
             the graph.
+        in_place: the first `capacity` rows of `like` are the buffers themselves, and all of them are fed; `take` says how many count.
 
     >>> step = StaticStep(model, state, capacity=4)  # doctest: +SKIP
     >>> step.load(state)  # doctest: +SKIP
     >>> logits = step(ids)  # doctest: +SKIP
     """
 
-    def __init__(self, model: Model, like: DecodeState, capacity: int, dtype: torch.dtype = torch.float32) -> None:
+    def __init__(self, model: Model, like: DecodeState, capacity: int, dtype: torch.dtype = torch.float32, in_place: bool = False) -> None:
         if not like.constant_size:
             raise ValueError("static step: the state grows with the length, since an attention layer has no window")
         self.model, self.capacity, self.dtype = model, capacity, dtype
         self.device = like.length.device
         self._ids = torch.zeros(capacity, 1, dtype=torch.int64, device=self.device)
         self._logits = torch.zeros(capacity, model.vocab_size, dtype=torch.float32, device=self.device)
-        self._whole = like.room(capacity)
-        self._whole.count(1)  # no step is the first
+        with torch.inference_mode(False), torch.no_grad():
+            self._whole = like.first(capacity, 1) if in_place else like.room(capacity)
+        if not in_place:
+            self._whole.count(1)  # no step is the first
         self.state = self._whole.first(0)
         self._graph: torch.cuda.CUDAGraph | None = None
         if self.device.type == "cuda":
+            kept = self._whole.fork(1) if in_place else None
             self._capture()
+            if kept is not None:
+                self._whole.overwrite(kept)
 
     def load(self, state: DecodeState) -> None:
         """Take over the rows of `state`, as a copy; from now on `self.state` is what they have become.
@@ -63,6 +69,11 @@ class StaticStep:
             raise ValueError("static step: the state has read nothing yet; prefill it first")
         self.state = self._whole.first(rows)
         self.state.overwrite(state)
+
+    def take(self, rows: int) -> None:
+        """Let the first `rows` of buffers that are used in place be the rows of the next steps."""
+        if self.state.batch_size != rows:
+            self.state = self._whole.first(rows)
 
     def __call__(self, ids: Tensor) -> Tensor:
         """Append ids (B, 1), one token for each loaded row. Returns logits (B, V) float32, valid until the next call."""
@@ -98,22 +109,26 @@ class StaticStep:
 
 
 class StaticSteps:
-    """Static steps for a batch whose rows come and go, made when they are first needed: one for each power of two of rows.
+    """Static steps in the slots of a batch whose rows come and go, made when they are first needed: one for each power of two of rows.
 
     Args: model, dtype: as in `StaticStep`. Meant for one generation: a step captures where the weights lie.
     """
 
     def __init__(self, model: Model, dtype: torch.dtype = torch.float32) -> None:
         self.model, self.dtype = model, dtype
+        self._slots: DecodeState | None = None
         self._steps: dict[int, StaticStep] = {}
 
-    def __call__(self, ids: Tensor, state: DecodeState) -> tuple[Tensor, DecodeState]:
-        """Append ids (B, 1) to `state`. Returns logits (B, V), valid until the next call, and the state to go on with: give that one
-        back and nothing is copied."""
-        capacity = 1 << (state.batch_size - 1).bit_length()
+    def __call__(self, ids: Tensor, slots: DecodeState) -> Tensor:
+        """Append ids (B, 1) to the first B slots, a power of two in number. Returns logits (B, V), valid until the next call.
+
+        Slots from B up to the next power of two are fed as well: what they held is lost.
+        """
+        if slots is not self._slots:
+            self._slots, self._steps = slots, {}
+        capacity = 1 << (len(ids) - 1).bit_length()
         step = self._steps.get(capacity)
         if step is None:
-            step = self._steps[capacity] = StaticStep(self.model, state, capacity, self.dtype)
-        if step.state is not state:
-            step.load(state)
-        return step(ids), step.state
+            step = self._steps[capacity] = StaticStep(self.model, slots, capacity, self.dtype, in_place=True)
+        step.take(len(ids))
+        return step(ids)

@@ -1,58 +1,59 @@
-"""Option engine=native: our own decoding loop. Rows join and leave the running batch one by one and never influence each other."""
+"""Option engine=native: our own decoding loop over a live model (components/decoding/batching.py), for every model of the project."""
 
 from __future__ import annotations
 
+import asyncio
 import logging
-import math
+import threading
+import time
 import warnings
-from collections import deque
-from collections.abc import Iterable, Iterator
-from contextlib import contextmanager
-from dataclasses import dataclass, field
+from collections.abc import AsyncIterable, AsyncIterator, Iterable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import suppress
 from typing import Any, Literal, cast
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
-from components.contracts import Batch, Completion, DecodeState, Model, RopeSpec, SamplingParams, Tokenizer, UserError
-from components.data.tokenizers import StreamDecoder
-from components.decoding.graph_step import StaticSteps
-from components.decoding.sampling import check_params, sample_token, uniforms
+from components.contracts import (
+    Batch,
+    Completion,
+    Decoding,
+    Model,
+    Prompt,
+    Request,
+    Result,
+    RopeSpec,
+    SamplingParams,
+    Tokenizer,
+    Usage,
+    UserError,
+)
+from components.decoding.batching import Batcher, Reading, Row, never_said, rope_switch
+from components.decoding.constraints import Constraints
+from components.decoding.forward import Forward
+from components.decoding.sampling import check_params
 
 log = logging.getLogger(__name__)
 
 HEAD_ELEMENTS = 1 << 22  # logits held at once while scoring: 16 MiB of float32, however long the sequence and large the vocabulary
 
 
-@dataclass
-class Row:
-    """One prompt on its way. `index` names it for the random numbers; `ids` starts with the prompt; `limit`: most tokens it may come to."""
-
-    index: int
-    ids: list[int]
-    prompt_length: int
-    limit: int
-    logprobs: list[float] = field(default_factory=list)
-    finish_reason: Literal["stop", "length"] | None = None
-
-    @property
-    def new_ids(self) -> list[int]:
-        return self.ids[self.prompt_length :]
-
-
 class NativeEngine:
     """Continuous batching over a live model, on its device: prefill, then one step for all rows at a time, always from the cache.
 
-    Finished rows leave at once and waiting prompts take their places. What a row says depends on its prompt, the seed and its index in
-    the list of prompts, not on the other rows or on max_batch. `token_ids` and `logprobs` of a completion include the stop token, `text`
-    does not.
+    Finished rows leave at once and waiting prompts take their places. What a row says depends on its prompt, its parameters and its
+    random numbers alone. `token_ids` and `logprobs` of a completion include the stop token, `text` does not. Prompts are token ids.
 
     Args:
         model: called in eval mode without gradients; its mode is restored after every step, so a model in training can be passed.
         tokenizer: its `stop_ids` stop a row; its `unsaid_ids`, and rows of the head above its vocabulary, are never sampled.
         max_batch: rows decoded together; more prompts wait.
-        prefill_chunk: prompt tokens per forward; bounds the memory of long prompts.
+        prefill_chunk: prompt tokens between two steps of the running rows, and a forward at most.
+        kv_tokens: most tokens in the caches of all rows, rows times the longest that one can come to; None: no bound but max_batch.
+        context_length: most tokens of a prompt and its answer; longer requests are refused. None: no end.
         dtype: float32, or bfloat16 autocast.
+        packed: during a generation on a CPU in float32, hold the weights in oneDNN's layout too (components/decoding/forward.py).
         static_steps: decode in buffers that never move (components/decoding/graph_step.py), where the model's state is of constant size.
             auto: on a CUDA device, as a replayed CUDA graph; always: elsewhere too, without a graph; never.
 
@@ -61,53 +62,135 @@ class NativeEngine:
         >>> engine.generate([[run.tokenizer.eot_id]], SamplingParams(max_new_tokens=8))  # doctest: +SKIP
     """
 
+    capabilities = frozenset(
+        {"n", "seed", "logprobs", "alternatives", "token_ids", "score", "regex", "choice", "pieces", "ignore_eos", "min_p"}
+        | {"repetition_penalty"}
+    )
+
     def __init__(
         self,
         model: Model,
         tokenizer: Tokenizer,
-        max_batch: int = 16,
-        prefill_chunk: int = 1024,
+        max_batch: int = 32,
+        prefill_chunk: int = 256,
+        kv_tokens: int | None = None,
+        context_length: int | None = None,
         dtype: Literal["float32", "bfloat16"] = "float32",
+        packed: bool = True,
         static_steps: Literal["auto", "always", "never"] = "never",
     ) -> None:
-        for key, value in (("max_batch", max_batch), ("prefill_chunk", prefill_chunk)):
-            if value < 1:
+        for key, value in (
+            ("max_batch", max_batch),
+            ("prefill_chunk", prefill_chunk),
+            ("kv_tokens", kv_tokens),
+            ("context_length", context_length),
+        ):
+            if value is not None and value < 1:
                 raise UserError(f"engine.{key}: {value}; at least 1 is allowed")
         self.model, self.tokenizer = model, tokenizer
         self.max_batch, self.prefill_chunk, self.dtype = max_batch, prefill_chunk, getattr(torch, dtype)
-        self.device = next(_module(model).parameters()).device
+        self.kv_tokens, self.packed = kv_tokens, packed
+        self.context_length = min((most for most in (context_length, kv_tokens) if most is not None), default=None)
+        self.engine_id = "native"
+        self.model_id = type(model).__name__
+        self.tokenizer_id = f"{type(tokenizer).__name__}-{tokenizer.vocab_size}"
+        self._forward = Forward(model, self.dtype)
+        self.device = self._forward.device
         self.stop_ids = set(tokenizer.stop_ids)
-        self._blocked = torch.arange(model.vocab_size, device=self.device) >= tokenizer.vocab_size  # (V,)
-        self._blocked[list(tokenizer.unsaid_ids)] = True
+        self._blocked = never_said(model.vocab_size, tokenizer, self.device)
+        self._constraints = Constraints(cast(Any, tokenizer), model.vocab_size, self.device)
         self._static = static_steps == "always" or (static_steps == "auto" and self.device.type == "cuda")
+        self._lock = threading.Lock()  # one step of the model at a time: its mode is changed during one
         self._warned = False
         self._generated = 0
 
-    def generate(self, prompts: list[list[int]], params: SamplingParams) -> list[Completion]:
+    def generate(self, prompts: Sequence[Prompt], params: Decoding) -> list[Completion]:
         """Complete every prompt (token ids that start with the document start). Returns completions in the order of the prompts.
 
         Raises:
-            UserError: a parameter out of range, or a model whose logits are not finite.
-            ValueError: an empty prompt or an id outside the model's vocabulary.
+            UserError: a parameter out of range, a row that is too long, or a model whose logits are not finite.
+            ValueError: a prompt that is empty or not of ids, or an id outside the model's vocabulary.
         """
         done = dict(self.completions(prompts, params))
         return [done[index] for index in range(len(prompts))]
 
-    def completions(self, prompts: list[list[int]], params: SamplingParams) -> Iterator[tuple[int, Completion]]:
+    def completions(self, prompts: Sequence[Prompt], params: Decoding) -> Iterator[tuple[int, Completion]]:
         """As `generate`, but yields (index of the prompt, completion) as soon as each is finished."""
-        for rows in self._decode(prompts, params):
-            for row in rows:
+        single = isinstance(params, SamplingParams)
+        each = [params] * len(prompts) if isinstance(params, SamplingParams) else list(params)
+        if len(each) != len(prompts):
+            raise ValueError(f"{len(prompts)} prompts and {len(each)} sampling parameters; give one for all, or one each")
+        rows = [
+            self._row(prompt, own, index if single else 0, f"prompt {index}")
+            for index, (prompt, own) in enumerate(zip(prompts, each, strict=True))
+        ]
+        index_of = {row: index for index, row in enumerate(rows)}
+        for said in self._decode(rows):
+            for row in said:
                 if row.finish_reason is not None:
-                    yield row.index, self._complete(row)
+                    yield index_of[row], row.completion(self.tokenizer)
 
-    def pieces(self, prompt: list[int], params: SamplingParams) -> Iterator[str]:
+    def pieces(self, prompt: Prompt, params: SamplingParams) -> Iterator[str]:
         """Yield the text of one completion piece by piece; a character is held back until all of its bytes are there."""
-        decoder = StreamDecoder(cast(Any, self.tokenizer))
-        for (row,) in self._decode([prompt], params):
-            if row.finish_reason != "stop" and (piece := decoder.push(row.ids[-1])):
-                yield piece
-        if piece := decoder.flush():
-            yield piece
+        row, shown = self._row(prompt, params, 0, "prompt"), 0
+        row.spoken = True
+        for _ in self._decode([row]):
+            text = row.completion(self.tokenizer).text if row.finish_reason is not None else row.text_so_far
+            if len(text) > shown:
+                yield text[shown:]
+                shown = len(text)
+
+    async def stream(self, requests: AsyncIterable[Request], *, concurrency: int) -> AsyncIterator[Result]:
+        """Results as they are finished. Requests arrive while others are decoded, at most `concurrency` at a time are unanswered.
+
+        The model works in a thread of its own, so that the event loop goes on. A request that cannot be answered has an error and ends
+        nothing; an exception of `requests` itself is raised. usage.prompt counts the prompt once for each of n completions, usage.cached
+        those times that it was not read.
+        """
+        if concurrency < 1:
+            raise UserError(f"concurrency: {concurrency}; at least 1 is allowed")
+        batcher, jobs = self._batcher(), dict[Row, _Job]()
+        arrived: asyncio.Queue[Request | BaseException | None] = asyncio.Queue()
+        free = asyncio.Semaphore(concurrency)
+        feeder = asyncio.create_task(_feed(requests, arrived, free))
+        loop, more = asyncio.get_running_loop(), True
+        with ThreadPoolExecutor(1, "native-engine") as thread:
+            try:
+                while more or batcher.busy:
+                    while not arrived.empty() or (more and not batcher.busy):
+                        request = await arrived.get()
+                        if isinstance(request, BaseException):
+                            raise request
+                        if request is None:
+                            more = False
+                            continue
+                        job = _Job(request)
+                        try:
+                            job.begin(self, batcher)
+                            jobs.update(dict.fromkeys(job.rows, job))
+                        except (UserError, ValueError) as error:
+                            free.release()
+                            yield job.result(self, str(error))
+                    if not batcher.busy:
+                        continue
+                    try:
+                        said = await loop.run_in_executor(thread, self._round, batcher)
+                    except Exception as error:  # of no request in particular: all that are under way fail, those to come may not
+                        log.exception("a decoding step failed")
+                        batcher, failed = self._batcher(), list(dict.fromkeys(jobs.values()))
+                        jobs.clear()
+                        for job in failed:
+                            free.release()
+                            yield job.result(self, f"{type(error).__name__}: {error}")
+                        continue
+                    for row in said:
+                        if row.finish_reason is not None and (job := jobs.pop(row)).finished:
+                            free.release()
+                            yield job.result(self)
+            finally:
+                feeder.cancel()
+                with suppress(asyncio.CancelledError):
+                    await feeder
 
     def score(self, sequences: list[list[int]]) -> list[Tensor]:
         """Log-probability of each token given those before it: one (T-1,) float32 CPU tensor a sequence.
@@ -138,122 +221,64 @@ class NativeEngine:
         return {"tokens": float(self._generated)}
 
     def close(self) -> None:
-        """Nothing outlives the object."""
+        """Nothing is held between generations."""
 
-    def _decode(self, prompts: list[list[int]], params: SamplingParams) -> Iterator[list[Row]]:
-        """Yield, after every round, the rows that got a token in it; a row with a finish_reason does not come again."""
+    def _row(self, prompt: Prompt, params: SamplingParams, draw: int, name: str) -> Row:
+        """A row to decode; raises what `generate` says it does."""
         check_params(params)
-        self._check_ids(prompts)
-        longest = max(map(len, prompts), default=0) + params.max_new_tokens
-        self._warn_if_longer_than_trained(longest)
-        waiting = deque(Row(index, list(prompt), len(prompt), len(prompt) + params.max_new_tokens) for index, prompt in enumerate(prompts))
-        active: list[Row] = []
-        state: DecodeState | None = None
-        static = StaticSteps(self.model, self.dtype) if self._static else None  # not kept: it holds where the weights lie now
-        while waiting or active:
-            if waiting and len(active) < self.max_batch:
-                fresh = [waiting.popleft() for _ in range(min(len(waiting), self.max_batch - len(active)))]
-                with self._quiet():
-                    fresh, logits, fresh_state = self._prefill(fresh, longest)
-                    self._append(fresh, logits, params)
-                yield fresh
-                with self._quiet():
-                    fresh, kept = _unfinished(fresh, fresh_state)
-                    active, state = active + fresh, _join([s for s in (state, kept) if s is not None])
-            if active and state is not None:
-                with self._quiet():
-                    logits, state = self._step(active, state, longest, static)
-                    self._append(active, logits, params)
-                yield active
-                with self._quiet():
-                    active, state = _unfinished(active, state)
+        if not isinstance(prompt, list | tuple) or not all(isinstance(token, int) for token in prompt):
+            raise ValueError(f"{name} is not a list of token ids; engine=native takes nothing else, encode it with the tokenizer")
+        ids = cast("list[int]", list(prompt))
+        self._check_ids([ids], name)
+        length = len(ids) + params.max_new_tokens
+        if self.context_length is not None and length > self.context_length:
+            raise UserError(
+                f"{name}: {len(ids)} tokens and max_new_tokens={params.max_new_tokens} are more than the {self.context_length} of "
+                f"engine.context_length and engine.kv_tokens; shorten it"
+            )
+        self._warn_if_longer_than_trained(length)
+        return Row(ids, params, draw)
 
-    def _prefill(self, rows: list[Row], longest: int) -> tuple[list[Row], Tensor, DecodeState]:
-        """Read the ids of every row into a new state. Rows of one length share a forward, equal rows are read once.
+    def _batcher(self) -> Batcher:
+        forward = Forward(self.model, self.dtype, self.packed)  # not kept: the weights may change from one generation to the next
+        static = self._static and self._can_be_static()
+        limits = (self.max_batch, self.prefill_chunk, self.kv_tokens)
+        return Batcher(forward, self.tokenizer, self.stop_ids, self._blocked, self._constraints, *limits, static)
 
-        Returns the rows in the order of the state, logits (B, V) after their last token, and the state with room for `longest` tokens.
-        """
-        lengths: dict[tuple[int, int], list[Row]] = {}
+    def _round(self, batcher: Batcher) -> list[Row]:
+        with self._lock:
+            before = batcher.generated
+            said = batcher.round()
+            self._generated += batcher.generated - before
+        return said
+
+    def _decode(self, rows: list[Row]) -> Iterator[list[Row]]:
+        """Yield, after every round, the rows that got a token in it. Equal prompts are read once."""
+        if not rows:
+            return
+        spec: RopeSpec | None = getattr(self.model, "rope_spec", None)
+        planned = spec if spec is not None and rope_switch(self.model) == "upfront" else None
+        equal: dict[tuple[object, ...], list[Row]] = {}
         for row in rows:
-            lengths.setdefault((len(row.ids), row.limit), []).append(row)
-        parts, states = [], []
-        for group in lengths.values():
-            distinct = list({tuple(row.ids): None for row in group})
-            state = self.model.new_state(len(distinct), longest, self.dtype)
-            self._plan(state, [group[0].limit if self._switch == "upfront" else len(ids) for ids in distinct])
-            hidden = self._read(torch.tensor(distinct, device=self.device), state, max(1, self.prefill_chunk // len(distinct)))
-            if len(distinct) < len(group):
-                source = torch.tensor([distinct.index(tuple(row.ids)) for row in group], device=self.device)
-                hidden, state = hidden[source], state.select(source)
-            parts.append(self.model.logits(hidden).float())
-            states.append(state)
-        ordered = [row for group in lengths.values() for row in group]
-        return ordered, torch.cat(parts), _join(states)
+            equal.setdefault((planned and planned.regime_of(row.limit), *row.ids), []).append(row)
+        batcher = self._batcher()
+        for group in equal.values():
+            batcher.add(group[0].ids, group)
+        while batcher.busy:
+            said = self._round(batcher)
+            for row in said:
+                if row.error is not None:
+                    raise UserError(row.error)
+            yield said
 
-    @property
-    def _switch(self) -> str:
-        return getattr(getattr(self.model, "rope_spec", None), "switch", "recompute")
-
-    def _plan(self, state: DecodeState, lengths: list[int]) -> None:
-        """Before the first chunk, which does not know how long the row will be."""
-        state.plan(torch.tensor(lengths, device=self.device))
-
-    def _read(self, ids: Tensor, state: DecodeState, chunk: int) -> Tensor:
-        """Feed ids (B, T) to the state, `chunk` tokens at a time. Returns the hidden state (B, D) after the last."""
-        for piece in ids.split(chunk, dim=1):
-            hidden = self.model(Batch(piece), state).hidden[:, -1]
-        return hidden
-
-    def _step(self, rows: list[Row], state: DecodeState, longest: int, static: StaticSteps | None) -> tuple[Tensor, DecodeState]:
-        """Feed each row its last token. Returns logits (B, V) and the state; a row that leaves its RoPE regime is read anew."""
-        stale = state.stale_rows(1)
-        if stale.any():
-            return self._step_apart(rows, state, longest, stale.tolist())
-        last = torch.tensor([[row.ids[-1]] for row in rows], device=self.device)
-        if static is not None and self._can_be_static(state):
-            return static(last, cast(Any, state))
-        return self.model.logits(self.model(Batch(last), state).hidden[:, -1]).float(), state
-
-    def _step_apart(self, rows: list[Row], state: DecodeState, longest: int, stale: list[bool]) -> tuple[Tensor, DecodeState]:
-        """As `_step`, where the cache of some rows is of no use any more. One row at a time: it happens once in the life of a row."""
-        logits, states = [], []
-        for index, row in enumerate(rows):
-            if stale[index]:
-                _, found, after = self._prefill([row], longest)
-            else:
-                found, after = self._step([row], state.select(torch.tensor([index], device=self.device)), longest, None)
-            logits.append(found)
-            states.append(after)
-        return torch.cat(logits), _join(states)
-
-    def _can_be_static(self, state: DecodeState) -> bool:
+    def _can_be_static(self) -> bool:
         """Whether the state keeps its size; if not, say so once and decode step by step."""
-        if getattr(state, "constant_size", False):
+        if getattr(self.model.new_state(1, 1), "constant_size", False):
             return True
-        if self._static:
-            self._static = False
-            name = type(self.model).__name__
-            log.warning("engine.static_steps: the decode state of %s grows with the length; its steps run without CUDA graphs", name)
+        self._static = False
+        name = type(self.model).__name__
+        log.warning("engine.static_steps: the decode state of %s grows with the length; its steps run without CUDA graphs", name)
         return False
-
-    def _append(self, rows: list[Row], logits: Tensor, params: SamplingParams) -> None:
-        """Sample one token for every row and say which rows are finished by it."""
-        draws = uniforms(params.seed, [row.index for row in rows], [len(row.new_ids) for row in rows])
-        ids, logprobs = sample_token(logits, params, draws, self._blocked)
-        for row, token, logprob in zip(rows, ids.tolist(), logprobs.tolist(), strict=True):
-            if not math.isfinite(logprob):
-                raise UserError(f"ckpt: not finite logits after {len(row.ids)} tokens; its training diverged, take an earlier checkpoint")
-            self._generated += 1
-            row.ids.append(token)
-            row.logprobs.append(logprob)
-            if token in self.stop_ids:
-                row.finish_reason = "stop"
-            elif len(row.new_ids) == params.max_new_tokens:
-                row.finish_reason = "length"
-
-    def _complete(self, row: Row) -> Completion:
-        shown = row.new_ids[:-1] if row.finish_reason == "stop" else row.new_ids
-        return Completion(row.new_ids, self.tokenizer.decode(shown), row.logprobs, row.finish_reason or "length")
 
     def _score_group(self, group: list[int], sequences: list[list[int]], scores: list[Tensor]) -> None:
         """Score sequences of similar length in one forward; no token sees the padding on its right."""
@@ -263,7 +288,7 @@ class NativeEngine:
         for row, index in enumerate(group):
             sequence = torch.tensor(sequences[index])
             ids[row, : len(sequence) - 1], following[row, : len(sequence) - 1] = sequence[:-1], sequence[1:]
-        with self._quiet():
+        with self._lock, self._forward.quiet():
             hidden = self.model(Batch(ids, rope_regime=self._regimes(len(sequences[index]) - 1 for index in group)).to(self.device)).hidden
             found = self._logprobs(hidden.flatten(0, 1), following.flatten().to(self.device)).view(ids.shape)
         for row, index in enumerate(group):
@@ -279,9 +304,9 @@ class NativeEngine:
     def _score_long(self, sequence: list[int]) -> Tensor:
         """Score one sequence through the cache, prefill_chunk tokens at a time."""
         ids = torch.tensor([sequence], device=self.device)
-        with self._quiet():
+        with self._lock, self._forward.quiet():
             state = self.model.new_state(1, len(sequence), self.dtype)
-            self._plan(state, [len(sequence) - 1])
+            state.plan(torch.tensor([len(sequence) - 1], device=self.device))
             pieces = zip(ids[:, :-1].split(self.prefill_chunk, 1), ids[:, 1:].split(self.prefill_chunk, 1), strict=True)
             return torch.cat([self._logprobs(self.model(Batch(piece), state).hidden[0], after[0]) for piece, after in pieces]).cpu()
 
@@ -294,12 +319,14 @@ class NativeEngine:
             found.append(logits.gather(1, wanted[:, None]).squeeze(1) - logits.logsumexp(dim=-1))
         return torch.cat(found)
 
-    def _check_ids(self, sequences: list[list[int]]) -> None:
+    def _check_ids(self, sequences: list[list[int]], name: str = "") -> None:
         for index, ids in enumerate(sequences):
+            called = name or f"sequence {index}"
             if not ids:
-                raise ValueError(f"sequence {index} is empty; start it with the tokenizer's eot_id, as every document does")
+                raise ValueError(f"{called} is empty; start it with the tokenizer's eot_id, as every document does")
             if min(ids) < 0 or max(ids) >= self.model.vocab_size:
-                raise ValueError(f"sequence {index} holds id {max(ids)}; the model knows 0 to {self.model.vocab_size - 1}")
+                wrong = max(ids) if max(ids) >= self.model.vocab_size else min(ids)
+                raise ValueError(f"{called} holds id {wrong}; the model knows 0 to {self.model.vocab_size - 1}")
 
     def _warn_if_longer_than_trained(self, length: int) -> None:
         """Once an engine, not once a prompt. Silent where every distance that a query meets is one that was trained."""
@@ -315,38 +342,49 @@ class NativeEngine:
         why = ", and without positions (model.position=none)" if blind else ""
         warnings.warn(f"up to {length} tokens, but the model was trained at {limit}{why}; quality may drop beyond that", stacklevel=3)
 
-    @contextmanager
-    def _quiet(self) -> Iterator[None]:
-        """Eval mode without gradients around one step, never around a `yield` to the caller: its mode would leak there."""
-        training = [module for module in _module(self.model).modules() if module.training] if _module(self.model).training else []
-        # Tensors made in inference mode cannot take part in a later backward, and a model in training may cache some (RoPE tables).
-        without_gradients = torch.no_grad() if training else torch.inference_mode()
-        for module in training:
-            module.training = False
-        try:
-            with without_gradients, torch.autocast(self.device.type, self.dtype, enabled=self.dtype != torch.float32):
-                yield
-        finally:
-            for module in training:
-                module.training = True
+
+class _Job:
+    """A request on its way through `NativeEngine.stream`."""
+
+    def __init__(self, request: Request) -> None:
+        self.request, self.arrived = request, time.perf_counter()
+        self.rows: list[Row] = []
+        self.reading: Reading | None = None
+
+    def begin(self, engine: NativeEngine, batcher: Batcher) -> None:
+        """Let its rows wait for their turn. Raises what `generate` raises."""
+        request = self.request
+        if request.n < 1:
+            raise UserError(f"n: {request.n}; at least 1 is allowed")
+        rows = [engine._row(request.prompt, request.params, draw, "prompt") for draw in range(request.n)]
+        self.reading, self.rows = batcher.add(rows[0].ids, rows), rows
+
+    @property
+    def finished(self) -> bool:
+        return all(row.finish_reason is not None for row in self.rows)
+
+    def result(self, engine: NativeEngine, error: str | None = None) -> Result:
+        """What became of it."""
+        now, rows, reading = time.perf_counter(), self.rows, self.reading
+        error = error or next((row.error for row in rows if row.error is not None), None)
+        began = reading.began if reading is not None and reading.began else now
+        spoke = min((row.first_token for row in rows if row.first_token), default=now)
+        latency = {"queued": began - self.arrived, "first_token": spoke - self.arrived, "total": now - self.arrived}
+        read = rows[0].prompt_length if rows else 0
+        usage = Usage(read * len(rows), sum(row.said for row in rows), read * (len(rows) - 1) if rows else 0)
+        completions = [] if error is not None else [row.completion(engine.tokenizer) for row in rows]
+        return Result(self.request.id, completions, usage, latency, engine.engine_id, error)
 
 
-def _unfinished(rows: list[Row], state: DecodeState) -> tuple[list[Row], DecodeState | None]:
-    """Leave out the finished rows; no state where no row is left."""
-    kept = [index for index, row in enumerate(rows) if row.finish_reason is None]
-    if len(kept) == len(rows):
-        return rows, state
-    if not kept:
-        return [], None
-    return [rows[index] for index in kept], state.select(torch.tensor(kept, device=state.length.device))
-
-
-def _join(states: list[Any]) -> Any:
-    """One state with the rows of all; None for none."""
-    if len(states) < 2:
-        return states[0] if states else None
-    return type(states[0]).cat(states)
-
-
-def _module(model: Model) -> nn.Module:
-    return cast(nn.Module, model)  # the contract says so, a Protocol cannot
+async def _feed(requests: AsyncIterable[Request], arrived: asyncio.Queue[Any], free: asyncio.Semaphore) -> None:
+    """Put requests into the queue as there is room; at their end None, or the exception that ended them."""
+    try:
+        await free.acquire()
+        async for request in requests:
+            arrived.put_nowait(request)
+            await free.acquire()
+        arrived.put_nowait(None)
+    except asyncio.CancelledError:
+        raise
+    except BaseException as error:
+        arrived.put_nowait(error)

@@ -57,6 +57,24 @@ def _convolve(extended: Tensor, taps: Tensor, bias: Tensor | None, masks: list[T
     return y
 
 
+def _forward(
+    x: Tensor, weight: Tensor, bias: Tensor | None, silu: bool, history: Tensor | None, start: Tensor | None
+) -> tuple[Tensor, Tensor]:
+    width, length = weight.shape[1], x.shape[1]
+    acc = torch.float64 if x.dtype == torch.float64 else torch.float32
+    extended = _with_history(x, history, width, acc)
+    masks = _tap_masks(start, width)
+    y = _convolve(extended, weight.t().to(acc).contiguous(), None if bias is None else bias.to(acc), masks)
+    if silu:
+        y = F.silu(y, inplace=True)
+    state = extended[:, length:].clone()
+    for back in range(1, width - 1):  # the state's column W-2-j lies j before the last position
+        mask = masks[back]
+        if mask is not None:
+            state[:, width - 2 - back].masked_fill_(mask[:, -1], 0)
+    return y.to(x.dtype), state.to(x.dtype)
+
+
 class _CausalConv(torch.autograd.Function):
     @staticmethod
     def forward(
@@ -64,19 +82,7 @@ class _CausalConv(torch.autograd.Function):
     ) -> tuple[Tensor, Tensor]:
         ctx.save_for_backward(x, weight, bias, history, start)
         ctx.silu = silu
-        width, length = weight.shape[1], x.shape[1]
-        acc = torch.float64 if x.dtype == torch.float64 else torch.float32
-        extended = _with_history(x, history, width, acc)
-        masks = _tap_masks(start, width)
-        y = _convolve(extended, weight.t().to(acc).contiguous(), None if bias is None else bias.to(acc), masks)
-        if silu:
-            y = F.silu(y, inplace=True)
-        state = extended[:, length:].clone()
-        for back in range(1, width - 1):  # the state's column W-2-j lies j before the last position
-            mask = masks[back]
-            if mask is not None:
-                state[:, width - 2 - back].masked_fill_(mask[:, -1], 0)
-        return y.to(x.dtype), state.to(x.dtype)
+        return _forward(x, weight, bias, silu, history, start)
 
     @staticmethod
     @once_differentiable
@@ -121,4 +127,6 @@ def causal_conv1d(
     document_start: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
     """See `kernels.causal_conv1d.causal_conv1d`."""
+    if not torch.is_grad_enabled():  # a decoding step is short enough that a Function's own cost would show
+        return _forward(x, weight, bias, activation == "silu", initial_state, document_start)
     return _CausalConv.apply(x, weight, bias, activation == "silu", initial_state, document_start)

@@ -14,6 +14,7 @@ from torch import Tensor, nn
 
 from components.contracts import Batch, ModelOutput, SamplingParams, UserError
 from components.data.tokenizers import bytes_tokenizer
+from components.decode_state import DecodeState, RecurrentState
 from components.decoding.graph_step import StaticStep
 from components.decoding.sampling import sample_token, uniforms
 from framework.build import build_model, compose
@@ -23,30 +24,6 @@ from framework.overrides import CONF
 TOKENIZER = bytes_tokenizer()
 EOT = TOKENIZER.eot_id
 PROMPTS = [[EOT, *text.encode()] for text in ("", "a", "hello", "hello", "the quick brown fox", "world", "x" * 40)]
-
-
-class MeanState:
-    """State of MeanModel: sums and counts, one row each. `switch_at` makes a row stale when its length reaches it."""
-
-    def __init__(self, total: Tensor, length: Tensor, regime: Tensor, switch_at: int | None) -> None:
-        self.total, self.length, self.regime, self.switch_at = total, length, regime, switch_at
-
-    def select(self, rows: Tensor) -> MeanState:
-        return MeanState(self.total[rows], self.length[rows], self.regime[rows], self.switch_at)
-
-    def reset(self, rows: Tensor) -> None:
-        self.total[rows], self.length[rows] = 0, 0
-
-    def plan(self, lengths: Tensor) -> None:
-        self.regime = (lengths >= (self.switch_at or 1 << 30)).to(torch.int8)
-
-    def stale_rows(self, tokens: int = 0) -> Tensor:
-        return (self.length + tokens >= (self.switch_at or 1 << 30)) & (self.regime == 0)
-
-    @staticmethod
-    def cat(states: list[MeanState]) -> MeanState:
-        parts = zip(*((s.total, s.length, s.regime) for s in states), strict=True)
-        return MeanState(*map(torch.cat, parts), states[0].switch_at)
 
 
 class MeanModel(nn.Module):
@@ -61,7 +38,7 @@ class MeanModel(nn.Module):
         self.head = nn.Linear(size, vocab_size)
         self.tokens_read = 0
 
-    def forward(self, batch: Batch, state: MeanState | None = None) -> ModelOutput:
+    def forward(self, batch: Batch, state: DecodeState | None = None) -> ModelOutput:
         self.tokens_read += batch.input_ids.numel()
         x = self.embed(batch.input_ids)  # (B, T, D)
         if state is None:
@@ -69,13 +46,13 @@ class MeanModel(nn.Module):
             same = (segments[:, :, None] == segments[:, None]).tril().float()  # (B, T, T)
             x = x * self._scale(batch.input_ids.shape[1])
             return self._out(x, same @ x / same.sum(-1, keepdim=True))
-        if state.length.max() == 0 and self.switch_at is not None:  # a new state takes the regime of what it is first given
-            state.regime[:] = state.regime.clamp_min(int(batch.input_ids.shape[1] >= self.switch_at))
-        x = x * torch.where(state.regime.bool(), 2.0, 1.0)[:, None, None]
-        total = state.total[:, None] + x.cumsum(1)
-        count = state.length[:, None] + torch.arange(1, x.shape[1] + 1)  # (B, T)
-        state.total, state.length = total[:, -1], state.length + x.shape[1]
-        return self._out(x, total / count[..., None])
+        step = state.begin(*batch.input_ids.shape)
+        (memory,) = state.layers
+        x = x * torch.where(step.regime.bool(), 2.0, 1.0)[:, None, None]
+        total = memory.ssm[:, :, 0].unsqueeze(1) + x.cumsum(1)
+        memory.update(memory.conv, total[:, -1, :, None])
+        state.finish(x.shape[1])
+        return self._out(x, total / (step.positions + 1)[..., None])
 
     def _scale(self, length: int) -> float:
         return 2.0 if self.switch_at is not None and length >= self.switch_at else 1.0
@@ -86,9 +63,10 @@ class MeanModel(nn.Module):
     def logits(self, hidden: Tensor) -> Tensor:
         return self.head(hidden) * 8
 
-    def new_state(self, batch_size: int, max_length: int, dtype: torch.dtype = torch.float32) -> MeanState:
-        zeros = torch.zeros(batch_size, dtype=torch.int64)
-        return MeanState(torch.zeros(batch_size, self.embed.embedding_dim), zeros, zeros.to(torch.int8), self.switch_at)
+    def new_state(self, batch_size: int, max_length: int, dtype: torch.dtype = torch.float32) -> DecodeState:
+        """Sums of e, one row each."""
+        memory = RecurrentState.empty(batch_size, 0, self.embed.embedding_dim, 1, dtype, "cpu")
+        return DecodeState.empty([memory], batch_size, "cpu", () if self.switch_at is None else (self.switch_at - 1,))
 
 
 def full_logits(model: nn.Module, ids: list[int]) -> Tensor:
@@ -410,7 +388,7 @@ def test_a_real_model_without_positions_warns_and_one_with_a_window_does_not(var
 
 
 def test_bad_arguments_are_refused(model):
-    with pytest.raises(ValueError, match="sequence 1 is empty"):
+    with pytest.raises(ValueError, match="prompt 1 is empty"):
         engine(model).generate([[EOT], []], GREEDY)
     with pytest.raises(ValueError, match="sequence 0 holds id 320; the model knows 0 to 319"):
         engine(model).score([[EOT, 320]])

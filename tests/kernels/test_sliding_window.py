@@ -189,6 +189,53 @@ def test_cached_rows_at_different_positions():
         assert_close(cached_attention(*args, window), reference.cached_attention(*args, window), 1e-12, "o")
 
 
+def cache(size, heads=6, groups=3, queries=1, slots=37, rows=3):
+    """Rows of different lengths in a cache of float32."""
+    lengths = torch.tensor([[slots], [5], [slots // 2]])[:rows]
+    held = torch.where(torch.arange(slots) < lengths, torch.arange(slots), -1)
+    k, v = (torch.randn(rows, groups, slots, size) for _ in range(2))
+    inputs = {"q": torch.randn(rows, queries, heads, size).transpose(1, 2), "k": k, "v": v}
+    return inputs | {"key_positions": held, "query_positions": lengths - queries + torch.arange(queries)}
+
+
+# heads that fill one vector, several, and more than are unrolled; groups of 1, 2, 6 and (5: no multiple of 4 query heads) 5
+@pytest.mark.parametrize("size", [16, 32, 48, 80, 128, 256])
+@pytest.mark.parametrize(("heads", "groups"), [(6, 3), (3, 3), (6, 1), (5, 1)])
+@pytest.mark.parametrize("window", [None, 9])
+@pytest.mark.parametrize("queries", [1, 4])
+def test_few_queries_in_float32(size, heads, groups, window, queries):
+    inputs = cache(size, heads, groups, queries)
+    doubled = {name: x.double() if x.is_floating_point() else x for name, x in inputs.items()}
+    expected = reference.cached_attention(**doubled, window=window)
+    assert_close(cached_attention(**inputs, window=window), expected, 1e-6, "o")  # measured: below 5e-7
+
+
+@pytest.mark.parametrize("threads", [1, 3])
+def test_compiled_rows_are_the_same_to_the_last_bit_in_any_company(threads, monkeypatch):
+    assert cpu._library() is not None, "no C compiler here: these tests would compare eager with itself"
+    inputs = cache(32)
+    monkeypatch.setattr(torch, "get_num_threads", lambda: threads)
+    whole = cpu.cached_attention(**inputs)
+    for name in ("k", "v"):  # what a query does not see is not read
+        inputs[name] = inputs[name].masked_fill(inputs["key_positions"].eq(-1)[:, None, :, None], torch.nan)
+    assert torch.equal(cpu.cached_attention(**inputs), whole)
+    one = {name: x[1:2] for name, x in inputs.items()}
+    short = one | {"k": one["k"][:, :, :5], "v": one["v"][:, :, :5], "key_positions": one["key_positions"][:, :5]}
+    assert torch.equal(cpu.cached_attention(**one), whole[1:2]) and torch.equal(cpu.cached_attention(**short), whole[1:2])
+
+
+def test_without_a_compiler_eager_serves(monkeypatch, caplog):
+    def refuse(source):
+        raise ImportError("no C compiler: install gcc, or set CC")
+
+    cpu._library.cache_clear()
+    monkeypatch.setattr(cpu, "load_library", refuse)
+    with caplog.at_level("WARNING", logger="kernels.sliding_window.cpu"):
+        found = [cpu.cached_attention(**cache(32)).isfinite().all() for _ in range(2)]
+    cpu._library.cache_clear()
+    assert all(found) and len(caplog.records) == 1 and "no C compiler" in caplog.text
+
+
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_a_query_that_sees_nothing_gives_zeros(dtype):
     inputs, _ = make(length=4, dtype=dtype)

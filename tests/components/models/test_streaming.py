@@ -182,18 +182,40 @@ def test_static_step_equals_the_model_and_moves_nothing(make_model, name, random
 
 
 def test_static_steps_follow_a_changing_batch(samba, full_logits, random_ids, close):
+    """In the slots themselves: rows leave, and the last one moves into the hole."""
     ids = random_ids(5, 3 * WINDOW, seed=6)
     steps = StaticSteps(samba)
     state = samba.new_state(5, 1)
     run(samba, state, ids[:, :WINDOW])
-    whole, position, rows = full_logits(samba, ids), WINDOW, torch.arange(5)
-    for kept in ([0, 1, 2, 3, 4], [4, 1, 2], [2, 0], [1]):  # gradients are on: the step turns them off
-        rows, state = rows[kept], state.select(torch.tensor(kept))
-        for _ in range(WINDOW // 2):
-            logits, state = steps(ids[rows, position : position + 1], state)
-            close(logits, whole[rows, position])
+    slots = state.resized(8, 1)
+    places = [tensor.data_ptr() for tensor in buffers(slots)]
+    whole, position, rows = full_logits(samba, ids), WINDOW, [0, 1, 2, 3, 4]
+    for left in (None, 3, 0, 1, 0):  # gradients are on: the step turns them off
+        if left is not None:
+            last = len(rows) - 1
+            if left != last:
+                slots.put(left, slots.view(last, last + 1))
+            rows[left] = rows[-1]
+            rows.pop()
+        for _ in range(WINDOW // 4):
+            close(steps(ids[rows, position : position + 1], slots), whole[rows, position])
             position += 1
-    assert sorted(steps._steps) == [1, 2, 4, 8]
+    assert sorted(steps._steps) == [1, 2, 4, 8] and [tensor.data_ptr() for tensor in buffers(slots)] == places
+
+
+def test_resized_and_put_copy_rows_and_leave_nothing_behind(make_model, full_logits, random_ids, close):
+    for model in (lively(make_model(name)).eval() for name in ("samba", "phi4mini")):
+        ids = random_ids(3, 40, seed=8)
+        one, slots = model.new_state(1, 40), model.new_state(1, 40).resized(2, 30)
+        for tensor in (tensor for layer in slots.layers for tensor in layer.tensors):
+            tensor.fill_(torch.nan)
+        slots.put(1, one)
+        run(model, one, ids[:1, :20])
+        slots.put(0, one)
+        more = slots.resized(3, 40)
+        close(run(model, more.first(1, 20), ids[:1, 20:30]), full_logits(model, ids[:1])[:, 20:30])
+        assert more.length.tolist() == [30, 0, 0] and slots.length.tolist() == [20, 0]  # a copy
+        assert all(tensor.isfinite().all() for layer in more.layers for tensor in layer.tensors)
 
 
 def test_static_step_under_autocast(samba, random_ids, close):

@@ -1,0 +1,76 @@
+"""A model called for decoding: packed weights give its own numbers, and nothing of it is left between steps."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from torch import nn
+
+from components.contracts import Batch
+from components.decoding import forward as module
+from components.decoding.forward import Forward
+from framework.build import build, build_model, compose
+
+IDS = torch.randint(256, (5, 7), generator=torch.Generator().manual_seed(0))
+
+
+@pytest.fixture(params=["phi4mini", "samba"])
+def model(request):
+    torch.manual_seed(0)
+    return build_model(compose("train", [f"model={request.param}", "model/size=test", "data.seq_len=64"]), 320).eval()
+
+
+def logits(called, ids=IDS):
+    with called.quiet():
+        return called.logits(called.model(Batch(ids)).hidden)
+
+
+def test_packed_weights_give_the_same_numbers_and_leave_nothing(model):
+    plain, packed = logits(Forward(model)), Forward(model, packed=True)
+    linears = [part for part in model.modules() if type(part) is nn.Linear]
+    assert len(packed._linears) == len(linears) and packed._head is not model.logits
+    for _ in range(2):
+        torch.testing.assert_close(logits(packed), plain, rtol=1e-5, atol=1e-5 * float(plain.abs().max()))
+    assert not any("forward" in part.__dict__ for part in model.modules())
+    before = logits(packed)
+    with torch.no_grad():  # the packed weights are copies: the model's own may change, a new object sees it
+        linears[0].weight.mul_(2)
+    assert torch.equal(logits(packed), before) and not torch.allclose(logits(Forward(model, packed=True)), plain)
+
+
+def test_rows_of_packed_products_are_the_same_to_the_last_bit_in_any_number(model):
+    packed = Forward(model, packed=True)
+    hidden = torch.randn(64, model.embed_tokens.weight.shape[1])
+    with packed.quiet():
+        whole = packed.logits(hidden)
+        for rows in (1, 2, 3, 4, 7, 16, 33):
+            assert torch.equal(packed.logits(hidden[:rows]), whole[:rows]) and torch.equal(packed.logits(hidden[-rows:]), whole[-rows:])
+
+
+@pytest.mark.parametrize("reason", ["autocast", "no oneDNN", "not asked"])
+def test_where_nothing_is_packed(model, reason, monkeypatch):
+    if reason == "no oneDNN":
+        monkeypatch.setattr(module, "_can_pack", lambda: False)
+    called = Forward(model, torch.bfloat16 if reason == "autocast" else torch.float32, packed=reason != "not asked")
+    assert called._linears == {} and logits(called).dtype == torch.float32
+
+
+def test_an_adapter_round_a_packed_layer_still_acts(model):
+    build(compose("train", ["adapter=lora"]).adapter).apply(model)
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            if "lora" in name:
+                parameter.normal_()
+    model.eval()
+    plain = logits(Forward(model))
+    torch.testing.assert_close(logits(Forward(model, packed=True)), plain, rtol=1e-5, atol=1e-5 * float(plain.abs().max()))
+
+
+def test_a_model_in_training_is_put_back_also_after_an_error(model):
+    model.train()
+    called = Forward(model, packed=True)
+    with pytest.raises(IndexError), called.quiet():
+        assert not model.training and not torch.is_grad_enabled()
+        model(Batch(torch.full((1, 2), 999)))
+    assert all(part.training for part in model.modules()) and torch.is_grad_enabled()
+    assert not any("forward" in part.__dict__ for part in model.modules())

@@ -164,7 +164,7 @@ def start_vllm(python: str, folder: Path, jobs: list[Job], stack: ExitStack) -> 
     (folder / "jobs.json").write_text(json.dumps(jobs))
     quiet = {"VLLM_ENABLE_V1_MULTIPROCESSING": "0", "VLLM_CPU_KVCACHE_SPACE": "1", "VLLM_NO_USAGE_STATS": "1", "HF_HUB_OFFLINE": "1"}
     threads = {"OMP_NUM_THREADS": str(torch.get_num_threads()), "VLLM_CPU_OMP_THREADS_BIND": "nobind"}
-    words = [python, "-c", VLLM_WORKER, str(folder), str(folder / "jobs.json"), str(LONGEST)]
+    words = [str(Path(python).absolute()), "-c", VLLM_WORKER, str(folder), str(folder / "jobs.json"), str(LONGEST)]
     pipe, log = subprocess.PIPE, stack.enter_context((folder / "vllm.log").open("w"))
     worker = subprocess.Popen(words, stdin=pipe, stdout=pipe, stderr=log, text=True, env=os.environ | quiet | threads, cwd=folder)
     stack.callback(worker.kill)

@@ -6,9 +6,10 @@ import dataclasses
 import json
 import sys
 import time
+from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, TextIO, cast
 
@@ -19,11 +20,12 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 
 from components.adapters.base import merge, task_ids
 from components.contracts import Completion, Diagnostics, Engine, Prompt, SamplingParams, UserError
+from components.decoding.rounds import Method
 from components.decoding.sampling import check_params
 from framework.build import ConfigErrors, Run, build, build_data, load_run
 from framework.engines.building import build_engine, takes
 from framework.inherit import resolve_checkpoint
-from framework.prompts import Renderer, held_out_prompt
+from framework.prompts import Renderer, Request, held_out_prompt, read_requests
 from framework.runtime import prepare_process
 from framework.signatures import ALLOWED, describe, fits, locate
 
@@ -37,7 +39,8 @@ class Context:
     """What a task of generate.py works with.
 
     source: the run, None where a server is asked without one; params: how to decode; out_dir: where files go; another: the same with
-    another run; task: of the adapter, None where none was named.
+    another run; task: of the adapter, None where none was named; method: how to decode in several calls, None for one; spent: what an
+    evaluation's answers of one call cost.
     """
 
     source: Run | None
@@ -47,6 +50,8 @@ class Context:
     cache_dir: Path
     another: Callable[[str], Context]
     task: str | int | None = None
+    method: Method | None = None
+    spent: Counter[str] = field(default_factory=Counter)
 
     @property
     def run(self) -> Run:
@@ -54,15 +59,6 @@ class Context:
         if self.source is None:
             raise UserError("ckpt: null, and the engine answers without a run; what is asked here needs one: ckpt=RUN_DIR")
         return self.source
-
-
-@dataclass
-class Request:
-    """One prompt of a file. id: the file's own, or its place among the prompts from 0. given: a text or messages. where: file and line."""
-
-    id: str | int
-    given: str | list[dict[str, str]]
-    where: str
 
 
 def generate(config: DictConfig, out_dir: Path) -> dict[str, float]:
@@ -73,9 +69,12 @@ def generate(config: DictConfig, out_dir: Path) -> dict[str, float]:
     """
     check_keys(config)
     prepare_process(config.seed)
-    params = build(config.decode).params(config.max_new_tokens, config.seed)
+    how = build(config.decode)
+    params, method = how.params(config.max_new_tokens, config.seed), how if hasattr(how, "answer") else None
     check_params(params)
     task, cache_dir = build(config.task), Path(config.paths.cache_dir)
+    if method is not None and not getattr(task, "asks_in_rounds", False):
+        raise UserError("decode: this option asks several times for one answer, which this task does not; take decode=sample or greedy")
     run = None if config.ckpt is None and takes(config.engine, config.allow_targets) == "tokenizer" else open_run(config, task)
     engine = build_engine(config.engine, run, cache_dir, config.adapter.task)
 
@@ -86,7 +85,7 @@ def generate(config: DictConfig, out_dir: Path) -> dict[str, float]:
         cast(torch.nn.Module, other.model).to(device(config.device))
         return dataclasses.replace(context, source=other, engine=build_engine(config.engine, other, cache_dir, config.adapter.task))
 
-    context = Context(run, engine, params, out_dir, cache_dir, another, config.adapter.task)
+    context = Context(run, engine, params, out_dir, cache_dir, another, config.adapter.task, method)
     try:
         metrics = task.run(context)
     finally:
@@ -174,8 +173,11 @@ class Answer:
         output: JSONL file to write, never one that has content already; None: generations.jsonl in the output folder.
         n: answers to every prompt.
 
-    A run that was trained on conversations gets every prompt as the user's turn.
+    A run that was trained on conversations gets every prompt as the user's turn. With a decoding of several calls an answer is shown or
+    written when it is complete: each with all its calls, in traces.jsonl.
     """
+
+    asks_in_rounds = True
 
     def __init__(self, prompt: str | int | float | bool | None, prompts: str | None, output: str | None, n: int) -> None:
         if n < 1:
@@ -190,6 +192,10 @@ class Answer:
 
     def run(self, context: Context) -> dict[str, float]:
         """Answer and return the measures."""
+        if context.method is not None:
+            from framework.traces import answer_in_rounds
+
+            return answer_in_rounds(self, context)
         if self.requests is None:
             return self._on_terminal(context)
         return self._into_file(self.requests, context)
@@ -248,54 +254,6 @@ class Answer:
             notes.print(told, style="bold", markup=False)
         notes.print(summary(metrics, context), style="dim", markup=False)
         return metrics
-
-
-def read_requests(path: Path) -> list[Request]:
-    """Read a JSONL file of {"prompt": text} or {"messages": [{"role", "content"}, ...]}, each with an optional "id".
-
-    Raises:
-        UserError: naming the file, the line, and what was found there.
-    """
-    try:
-        lines = path.read_text(encoding="utf-8-sig").split("\n")
-    except UnicodeDecodeError as error:
-        bad = error.object[: error.start].count(b"\n") + 1
-        raise UserError(f"{path}: line {bad} is not UTF-8 (byte {error.object[error.start]:#04x}); save the file as UTF-8") from error
-    except OSError as error:
-        raise UserError(f"prompts: {str(path)!r} cannot be read ({error.strerror or error}); give a JSONL file") from error
-    requests: list[Request] = []
-    for number, line in enumerate(lines, start=1):
-        if line.strip():
-            requests.append(parse_request(line, f"{path}: line {number}", len(requests)))
-    if not requests:
-        raise UserError(f'{path}: empty; give one JSON object a line, such as {{"prompt": "Once"}}')
-    return requests
-
-
-def parse_request(line: str, where: str, index: int) -> Request:
-    """One line of a prompts file."""
-    try:
-        row = json.loads(line)
-    except ValueError as error:
-        raise UserError(f"{where} is not JSON ({error})") from error
-    if not isinstance(row, dict):
-        raise UserError(f'{where} is not a JSON object; give {{"prompt": TEXT}}')
-    if ("prompt" in row) == ("messages" in row):
-        columns = ", ".join(map(repr, row)) or "none"
-        raise UserError(f"{where} needs either 'prompt' or 'messages'; its columns are {columns}")
-    given = row["prompt"] if "prompt" in row else row["messages"]
-    if "prompt" in row and not isinstance(given, str):
-        raise UserError(f"{where}: 'prompt' is {given!r}, not text")
-    if "messages" in row and not is_conversation(given):
-        raise UserError(f"{where}: 'messages' is not a list of {{'role': TEXT, 'content': TEXT}}")
-    name = row.get("id", index)
-    return Request(name if isinstance(name, str | int) else json.dumps(name), given, where)
-
-
-def is_conversation(value: Any) -> bool:
-    """Is this a list of at least one {role, content}, both text?"""
-    turns = value if isinstance(value, list) and value else [None]
-    return all(isinstance(turn, dict) and isinstance(turn.get("role"), str) and isinstance(turn.get("content"), str) for turn in turns)
 
 
 def as_given(given: str | list[dict[str, str]], where: str = "prompt") -> Prompt:

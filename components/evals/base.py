@@ -12,6 +12,7 @@ from itertools import groupby
 from typing import Any, Protocol
 
 from components.contracts import Completion, Engine, Tokenizer, UserError
+from components.decoding.rounds import Traced
 
 PORTION = 1 << 15  # tokens scored in one call
 
@@ -134,7 +135,11 @@ class Questions:
             for index, completion in exam.complete([list(item.prompt) for item in some], tokens):
                 done += some[index].tokens
                 exam.progress(done, total, what)
-                yield self._row(some[index], completion, losses[index])
+                row = self._row(some[index], completion, losses[index])
+                if isinstance(completion, Traced):  # decoded in several calls
+                    row.record["candidates"] = [self._row(some[index], one, []).values for one in completion.candidates]
+                    row.record["trace"] = completion.trace
+                yield row
 
     def _row(self, item: Item, completion: Completion, losses: list[float]) -> Row:
         values = {"score": self.score(item, completion.text)}

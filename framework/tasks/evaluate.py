@@ -26,6 +26,7 @@ from framework.generate import Context, completions, new_file, run_renderer
 from framework.overrides import group_options
 from framework.procedure import text_ids
 from framework.prompts import Renderer
+from framework.traces import asked, counted, figures_of
 
 PROGRESS_SECONDS = 10
 PROBE = "The quick brown fox, 1 of 20"  # what a tokenizer makes of it tells it from others
@@ -42,6 +43,8 @@ class Evaluate:
 
     Raises: UserError where no evaluation was chosen.
     """
+
+    asks_in_rounds = True
 
     def __init__(self, evaluation: Evaluation | None) -> None:
         if evaluation is None:
@@ -68,6 +71,7 @@ class Evaluate:
         metrics = {**means(self.evaluation.name, rows), **{f"{self.evaluation.name}/{key}": value for key, value in figures.items()}}
         console = Console(highlight=False, soft_wrap=True)
         print_tables(rows, console)
+        metrics |= figures_of(self.evaluation.name, rows, console) or {f"decode/{key}": float(n) for key, n in context.spent.items()}
         if words:
             console.print(words, markup=False)
         title = f"{self.evaluation.name}: {context.run.path.name}, step {context.run.step}"
@@ -97,8 +101,19 @@ def make_exam(context: Context) -> Exam:
         data.prepare(context.cache_dir, run.tokenizer)
         return text_ids(data, least, context.params.seed, key, most).tolist()
 
+    render, said = run_renderer(run), dict[tuple[int, ...], str]()  # texts by their ids: a decoding of several calls asks again in words
+
+    def rendered(text: str) -> list[int]:
+        ids = render(text)
+        said[tuple(ids)] = text
+        return ids
+
     def complete(prompts: list[list[int]], tokens: int) -> Iterator[tuple[int, Completion]]:
-        return completions(engine, prompts, dataclasses.replace(context.params, max_new_tokens=tokens))
+        if context.method is None:
+            return counted(context, prompts, completions(engine, prompts, dataclasses.replace(context.params, max_new_tokens=tokens)))
+        if any(tuple(prompt) not in said for prompt in prompts):
+            raise UserError("decode: this option asks again in words, and these questions are no texts; take decode=greedy or sample")
+        return asked(context, [said[tuple(prompt)] for prompt in prompts], render, tokens)
 
     def another(path: str | None) -> Exam:
         path = started_from(run) if path is None else path
@@ -123,9 +138,10 @@ def make_exam(context: Context) -> Exam:
         if holder is not None and len(holder) and index is None:
             holder.set(task)
 
-    limit, render = getattr(engine, "context_length", None), run_renderer(run)
+    limit = getattr(engine, "context_length", None)
     exam = Exam(
-        engine, run.tokenizer, trained_length(run), limit, turn(render, run), render, text, complete, another, Progress(), questions, choose
+        engine, run.tokenizer, trained_length(run), limit, turn(render, run), rendered, text, complete, another, Progress(), questions,
+        choose,
     )  # fmt: skip
     return exam
 

@@ -8,9 +8,7 @@ from pathlib import Path
 import pytest
 
 import generate as entry_point
-from components.contracts import SamplingParams
 from framework import decoding_report
-from framework.engines.native import NativeEngine
 from framework.traces import by_candidates
 from tests.framework.test_generate import TEXT, make_run, prompts_file, refused
 
@@ -28,19 +26,8 @@ def home(tmp_path_factory) -> Path:
 
 
 @pytest.fixture
-def call(home, tmp_path, capfd, monkeypatch):
+def call(home, tmp_path, capfd):
     """generate.main(words) in the home; returns (exit code, stdout, stderr)."""
-    real = NativeEngine.completions
-
-    def each(self, prompts, params):
-        """Parameters of each prompt, one by one, for an engine that takes one for all."""
-        if isinstance(params, SamplingParams):
-            yield from real(self, prompts, params)
-        else:
-            for index, (prompt, one) in enumerate(zip(prompts, params, strict=True)):
-                yield from ((index, done) for _, done in real(self, [prompt], one))
-
-    monkeypatch.setattr(NativeEngine, "completions", each)
 
     def run_it(*words: str) -> tuple[int, str, str]:
         places = [f"paths.root={home / 'outputs'}", f"paths.cache_dir={home / 'cache'}", f"hydra.run.dir={tmp_path / 'out'}"]

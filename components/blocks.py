@@ -376,7 +376,7 @@ class Decoder(nn.Module):
 
     def new_state(self, batch_size: int, max_length: int, dtype: torch.dtype = torch.float32) -> DecodeState:
         """Return an empty state; max_length bounds the tokens of a row where attention has no window. dtype: that of keys and values."""
-        device = self.embed_tokens.weight.device
+        device = next(self.parameters()).device
         layers = [block.new_state(batch_size, max_length, dtype, device) for block in self.blocks]
         return DecodeState.empty(layers, batch_size, device, self.rope_spec.bounds if self.rope_spec is not None else ())
 

@@ -220,7 +220,8 @@ class DecodeState:
     """One object for all models: `model(batch, state)` appends batch.input_ids (B, T) and updates the state in place.
 
     Gradients do not flow through it. length: (B,) int64; regime: (B,) int8, RoPE regime that the caches were filled with.
-    bounds: longest rows, in tokens, of all RoPE regimes but the last.
+    bounds: longest rows, in tokens, of all RoPE regimes but the last. task_ids: (B,) int64, the adapter's task that each row's caches were
+    filled for, written by its hook (components/adapters/base/task_ids.py); None where nothing was said.
 
     A row that grows past the bound of its regime cannot go on: not only do its keys turn otherwise, all keys and values above the first
     layer come from outputs of the layers below, computed in the other regime. See `plan` and `stale_rows`.
@@ -231,6 +232,7 @@ class DecodeState:
         self.length = length
         self.regime = regime
         self.bounds = bounds
+        self.task_ids: Tensor | None = None
         self._longest = longest  # upper bound of length known without reading the device
 
     @classmethod
@@ -322,7 +324,7 @@ class DecodeState:
     def room(self, rows: int) -> DecodeState:
         """An empty state of `rows` rows whose buffers have the shapes and dtypes of these."""
         state = self._map_rows(lambda t: t.new_zeros(rows, *t.shape[1:]))
-        state._longest = 0
+        state._longest, state.task_ids = 0, None
         return state
 
     def first(self, rows: int, longest: int | None = None) -> DecodeState:
@@ -359,7 +361,7 @@ class DecodeState:
             if mine.shape != theirs.shape:
                 raise ValueError(f"decode state: a buffer of {tuple(theirs.shape)} does not fit one of {tuple(mine.shape)}")
             mine.copy_(theirs)
-        self._longest = source._longest
+        self._longest, self.task_ids = source._longest, source.task_ids
 
     def reset(self, rows: Tensor) -> None:
         """Forget the given rows, (R,) int64 or (B,) bool, in place."""
@@ -378,7 +380,9 @@ class DecodeState:
     def save(self) -> dict[str, Any]:
         """Return copies of everything as tensors and plain Python values, fit for torch.save and torch.load(weights_only=True)."""
         layers = [layer.save() for layer in self.layers]
-        return {"length": self.length.clone(), "regime": self.regime.clone(), "bounds": list(self.bounds), "layers": layers}
+        tasks = None if self.task_ids is None else self.task_ids.clone()
+        rows = {"length": self.length.clone(), "regime": self.regime.clone(), "task_ids": tasks}
+        return {**rows, "bounds": list(self.bounds), "layers": layers}
 
     @staticmethod
     def load(saved: dict[str, Any], device: torch.device | str = "cpu") -> DecodeState:
@@ -389,7 +393,10 @@ class DecodeState:
             layers.append(kind.load(layer).map_rows(lambda t: t.clone().to(device)))
         length = saved["length"].clone().to(device)
         longest = int(length.max()) if len(length) else 0
-        return DecodeState(layers, length, saved["regime"].clone().to(device), longest, tuple(saved["bounds"]))
+        state = DecodeState(layers, length, saved["regime"].clone().to(device), longest, tuple(saved["bounds"]))
+        tasks = saved.get("task_ids")
+        state.task_ids = None if tasks is None else tasks.clone().to(device)
+        return state
 
     @staticmethod
     def cat(states: Sequence[DecodeState]) -> DecodeState:
@@ -398,8 +405,13 @@ class DecodeState:
             raise ValueError("decode state: cat needs one or more states of the same model")
         layers = [type(group[0]).cat(group) for group in zip(*(s.layers for s in states), strict=True)]
         length, regime = torch.cat([s.length for s in states]), torch.cat([s.regime for s in states])
-        return DecodeState(layers, length, regime, max(s._longest for s in states), states[0].bounds)
+        joined = DecodeState(layers, length, regime, max(s._longest for s in states), states[0].bounds)
+        tasks = [s.task_ids for s in states if s.task_ids is not None]
+        joined.task_ids = torch.cat(tasks) if len(tasks) == len(states) else None
+        return joined
 
     def _map_rows(self, change: Callable[[Tensor], Tensor]) -> DecodeState:
         layers = [layer.map_rows(change) for layer in self.layers]
-        return DecodeState(layers, change(self.length), change(self.regime), self._longest, self.bounds)
+        state = DecodeState(layers, change(self.length), change(self.regime), self._longest, self.bounds)
+        state.task_ids = None if self.task_ids is None else change(self.task_ids)
+        return state

@@ -1,10 +1,12 @@
 """Option task=export, and `python -m framework.convert RUN --format`: a run as a checkpoint of another project.
 
-Nothing appears under the given name before it was read back and gave the same logits bit for bit.
+Nothing appears under the given name before it was read back and gave the same logits bit for bit, and each adapter beside it, whose
+products may be rounded otherwise than in the run, the same tensors bit for bit and logits within that rounding.
 """
 
 from __future__ import annotations
 
+import copy
 import glob
 import os
 import shutil
@@ -22,6 +24,7 @@ if TYPE_CHECKING:
     from framework.build import Run
     from framework.generate import Context
 
+ROUNDINGS = 1000.0  # units in the last place of the largest logit that another order of products may cost
 PROBE_TOKENS = 64  # of the text on which an export must give the same logits
 
 
@@ -50,7 +53,8 @@ class Export:
             vLLM has one table for all rows.
         shard_bytes: files are at most this large; None: 5 GB.
         adapter: merge: the run's adapter, that of `adapter.task` where there are several, is merged into the weights. keep: the base is
-            written as it is, and beside it adapters/NAME/, in PEFT's layout for `adapter.task`, or for each task.
+            written as it is, and beside it adapters/NAME/, in PEFT's layout for `adapter.task`, or for each task or expert; with experts
+            also adapters/routing.json, which says the expert of each mode.
     """
 
     def __init__(
@@ -126,15 +130,16 @@ def export(
     spec = getattr(run.model, "rope_spec", None)
     if spec is not None and not spec.plain and layout.rope is None:
         raise UserError(f"rope: layout {layout.name} has no place for the RoPE rule {spec.rule!r} of {run.path}; take rope=none")
-    kept, wrapped = {}, [name for name, _ in adapter_layers(run.model)]
+    kept, spoken, wrapped = None, {}, [name for name, _ in adapter_layers(run.model)]
     if adapter == "keep":
         if not wrapped:
             raise UserError(f"task.adapter: keep, but {run.path} was trained without an adapter; drop the override")
         if any(layer.merged for _, layer in adapter_layers(run.model)):
             raise UserError("task.adapter: keep, but adapter.merge: true puts the adapter into the weights; drop one of them")
-        kept = interop().kept_adapters(build.build(run.cfg.adapter), run.model.cpu(), task)
+        kept = interop().kept_adapters(build.build(run.cfg.adapter), run.model.cpu().eval(), task)
+        spoken = {name: probe_as(run.model, kept.tasks.get(name)) for name in kept.loras}
         unwrap(run.model)
-    model = without_adapter(run, None if kept else task).cpu().eval()
+    model = without_adapter(run, None if kept is not None else task).cpu().eval()
     further = [i for i in run.tokenizer.stop_ids if i != run.tokenizer.eot_id]
     extras = {} if layout.rope is None else {"rope": spec, "stops": further, "engine": engine}
     talks = hasattr(locate(run.cfg.data._target_, (*ALLOWED, *run.cfg.allow_targets)), "chat_template")
@@ -157,13 +162,15 @@ def export(
             again.set_rope((layout.rope and layout.rope(source.about, config | numbers)) or plain_rope(spec))
         again.load_state_dict(layout.from_foreign(source.tensors, numbers))
         check_logits(model, again, to)
-        if kept:
+        if kept is not None:
             ours = model.state_dict()
             theirs = layout.to_foreign(ours, config)
             names = interop().module_names(wrapped, ours, theirs)
-            for name, one in kept.items():
-                interop().write_adapter(folder / "adapters" / name, one, names, theirs, str(to))
-    return Exported(len(source.tensors), notes(spec, layout, engine), usage(to, layout, engine, spec, list(kept)))
+            interop().write_adapters(folder / "adapters", kept, names, theirs, str(to))
+            for name, expected in spoken.items():
+                adapted = interop().read_back(folder / "adapters", kept, name, names, theirs, copy.deepcopy(again))
+                check_close(expected, probe(adapted.eval()), to / "adapters" / name)
+    return Exported(len(source.tensors), notes(spec, layout, engine), usage(to, layout, engine, spec, list(spoken)))
 
 
 def other_layouts(run: Run, layout: Any) -> str:
@@ -216,17 +223,44 @@ def check_logits(model: Any, again: Any, to: Path) -> None:
     """Raise RuntimeError, a defect of ours, unless the model that was read back gives the same logits bit for bit, in each RoPE regime."""
     import torch
 
+    bounds = [getattr(getattr(m, "rope_spec", None), "bounds", ()) for m in (model, again)]
+    if bounds[0] != bounds[1] or not all(map(torch.equal, probe(model), probe(again.eval()))):
+        raise RuntimeError(f"{to}: the logits differ after reading it back")
+
+
+def check_close(ours: list[Any], theirs: list[Any], to: Path) -> None:
+    """Raise RuntimeError, a defect of ours, unless the logits agree but for the rounding of products that are taken in another order."""
+    import torch
+
+    for one, other in zip(ours, theirs, strict=True):
+        if not (one - other).abs().max() <= ROUNDINGS * torch.finfo(one.dtype).eps * one.abs().max():
+            raise RuntimeError(f"{to}: the logits differ after reading it back")
+
+
+def probe(model: Any) -> list[Any]:
+    """Logits (1, T, V) of a fixed row of tokens, in each RoPE regime."""
+    import torch
+
     from components.contracts import Batch
 
-    again.eval()
-    bounds = [getattr(getattr(m, "rope_spec", None), "bounds", ()) for m in (model, again)]
     ids = torch.arange(PROBE_TOKENS)[None] * 7919 % model.vocab_size
-    for regime in range(len(bounds[0]) + 1):
-        batch = Batch(input_ids=ids, rope_regime=torch.tensor([regime], dtype=torch.int8) if bounds[0] else None)
+    bounds = getattr(getattr(model, "rope_spec", None), "bounds", ())
+    found = []
+    for regime in range(len(bounds) + 1):
+        batch = Batch(input_ids=ids, rope_regime=torch.tensor([regime], dtype=torch.int8) if bounds else None)
         with torch.no_grad():
-            ours, theirs = (m.logits(m(batch).hidden) for m in (model, again))
-        if bounds[0] != bounds[1] or not torch.equal(ours, theirs):
-            raise RuntimeError(f"{to}: the logits differ after reading it back")
+            found.append(model.logits(model(batch).hidden))
+    return found
+
+
+def probe_as(model: Any, task: str | None) -> list[Any]:
+    """The same with the adapter's `task`, None where it has none."""
+    from components.adapters.base import task_ids
+
+    holder = task_ids(model)
+    if holder is not None and task is not None:
+        holder.set(task)
+    return probe(model)
 
 
 def is_alive(process: int) -> bool:

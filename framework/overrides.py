@@ -68,6 +68,8 @@ def explain_one(config_name: str, good: list[str], override: str, error: Excepti
     close = nearest(key, candidates) or nearest(key.rpartition(".")[2], [k.rpartition(".")[2] for k in keys])
     if ("Key" in str(error) and "is not in struct" in str(error)) or "Could not override" in str(error):
         parent = key.rpartition(".")[0]
+        if key in keys:
+            return f"{key}: {value} gives it keys that it does not have yet; add them with a plus sign, '+{key}={value}'"
         siblings = [k.rpartition(".")[2] for k in keys if k.rpartition(".")[0] == parent]
         allowed = f"; keys of {parent}: {', '.join(siblings)}" if parent and siblings else ""
         return f"{key}: unknown key{close or allowed}"

@@ -9,6 +9,7 @@ import os
 import warnings
 from collections.abc import Iterable, Mapping
 from pathlib import Path
+from typing import Any
 
 import lightning.pytorch as pl
 import torch
@@ -16,7 +17,7 @@ from omegaconf import DictConfig, OmegaConf
 from rich.console import Console
 from rich.table import Table
 
-from components.adapters.base import task_ids
+from components.adapters.base import may_rest, task_ids
 from components.adapters.base.sharing import sharing
 from components.contracts import Batch, UserError
 from components.optim.groups import describe
@@ -118,7 +119,11 @@ class Session:
         stop = StopOnSignal(self.signals, saver, lambda step, path: f"Go on with: python train.py resume={self.run_dir}")
         averaging = [self.ema] if self.ema else []
         early = [] if config.stop.train_loss_below is None else [EarlyStop(config.stop.train_loss_below, config.stop.steps)]
-        make = build.build({**OmegaConf.to_container(config.trainer), "_partial_": True})  # type: ignore[dict-item]
+        options: Any = OmegaConf.to_container(config.trainer)
+        strategy = options.get("strategy")
+        if may_rest(self.parts.model) and isinstance(strategy, dict) and "find_unused_parameters" in strategy:
+            strategy["find_unused_parameters"] = True  # else an expert without rows gets zeros as its gradient, and decay moves it
+        make = build.build({**options, "_partial_": True})
         return make(
             callbacks=[LastStep(), *early, *averaging, self.clock, guard, self.rows, self.samples, exact, saver, progress, stop],
             logger=self.loggers,

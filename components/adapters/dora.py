@@ -21,9 +21,9 @@ class DoRALayer(LowRankLayer):
 
     lora_weight_norm: Tensor  # (out,), |W|; in checkpoints, as the base weight may be loaded after wrapping
 
-    def __init__(self, base_layer: nn.Linear, task_ids: TaskIds, r: int, scale: float, dropout: float) -> None:
+    def __init__(self, base_layer: nn.Module, task_ids: TaskIds, r: int, scale: float, dropout: float) -> None:
         super().__init__(base_layer, task_ids, r, scale, dropout)
-        weight = base_layer.weight.detach()
+        weight = self.base_weight.detach()
         if not weight.is_floating_point():
             raise UserError(f"adapter: dora needs the lengths of the weight's rows, and {weight.dtype} has none; use adapter=lora")
         norm = torch.linalg.vector_norm(weight.to(self.lora_A.weight.dtype), dim=1)  # (out,)
@@ -34,7 +34,7 @@ class DoRALayer(LowRankLayer):
         """m / |V|: (out,). Only m gets a gradient."""
         a, b = self.lora_A.weight, self.lora_B.weight
         with torch.no_grad(), torch.autocast(a.device.type, enabled=False):
-            cross = (b * (self.base_layer.weight.to(a.dtype) @ a.T)).sum(1)  # (out,), rows of B A times rows of W
+            cross = (b * (self.base_weight.to(a.dtype) @ a.T)).sum(1)  # (out,), rows of B A times rows of W
             square = (b @ (a @ a.T) * b).sum(1)  # (out,), squared rows of B A
             norm = (self.lora_weight_norm.square() + 2 * self.scale * cross + self.scale**2 * square).clamp_min(0).sqrt()
             norm = norm.clamp_min(torch.finfo(norm.dtype).tiny)  # a row of zeros stays one
@@ -48,7 +48,7 @@ class DoRALayer(LowRankLayer):
         y: Tensor = self.base_layer(x)
         if not self.adds:
             return y
-        weight, bias, gain = self.base_layer.weight, self.base_layer.bias, self.gain()
+        weight, bias, gain = self.base_weight, self.base_layer.bias, self.gain()
         dropped = self.dropout(widen(x, gain.dtype))
         if self.training and self.dropout.p:
             turned = F.linear(dropped.to(weight.dtype), weight)
@@ -58,11 +58,11 @@ class DoRALayer(LowRankLayer):
 
     def merged_weight(self, task: int | None = None) -> Tensor:
         delta = super().delta_weight(task)
-        return self.gain()[:, None] * (self.base_layer.weight.to(delta.dtype) + delta)  # (out, in)
+        return self.gain()[:, None] * (self.base_weight.to(delta.dtype) + delta)  # (out, in)
 
     def delta_weight(self, task: int | None = None) -> Tensor:
         merged = self.merged_weight(task)
-        return merged - self.base_layer.weight.to(merged.dtype)
+        return merged - self.base_weight.to(merged.dtype)
 
 
 class DoRA(PeftAdapter):

@@ -2,9 +2,13 @@
 
 from __future__ import annotations
 
-from torch import Tensor
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
 
-from components.adapters.base.low_rank import LowRankLayer, PeftAdapter, widen
+from components.adapters.base import AdapterLayer, TaskIds
+from components.adapters.base.leaves import is_embedding
+from components.adapters.base.low_rank import LowRankLayer, PeftAdapter, parameter_options, widen
 
 
 class LoRALayer(LowRankLayer):
@@ -22,7 +26,38 @@ class LoRALayer(LowRankLayer):
         return (y + delta).to(y.dtype)
 
 
+class LoRAEmbeddingLayer(AdapterLayer):
+    """y = base(i) + scale * B A[:, i], for ids i, with A (r, rows) zero and B (dim, r) normal at the start, as in PEFT. No dropout."""
+
+    adapter_prefix = "lora_"
+
+    def __init__(self, base_layer: nn.Module, task_ids: TaskIds, r: int, scale: float) -> None:
+        super().__init__(base_layer, task_ids)
+        kwargs = parameter_options(base_layer)
+        self.lora_embedding_A = nn.Parameter(torch.zeros(r, self.in_features, **kwargs))
+        self.lora_embedding_B = nn.Parameter(torch.randn(self.out_features, r, **kwargs))
+        self.padding_idx = self.base_layer.padding_idx  # this row learns nothing, as in the base
+        self.scale = scale
+        self.rank = r
+
+    def forward(self, ids: Tensor) -> Tensor:
+        """ids: (...). Returns (..., dim) in the dtype of the base output."""
+        y: Tensor = self.base_layer(ids)
+        if not self.adds:
+            return y
+        rows = F.embedding(ids, self.lora_embedding_A.T, self.padding_idx)  # (..., r)
+        return (y + F.linear(self.scale * rows, self.lora_embedding_B)).to(y.dtype)
+
+    def delta_weight(self, task: int | None = None) -> Tensor:
+        with torch.autocast(self.lora_embedding_A.device.type, enabled=False):
+            return self.scale * (self.lora_embedding_B @ self.lora_embedding_A)  # (dim, rows)
+
+
 class LoRA(PeftAdapter):
-    """Adapter option: low-rank updates of the chosen linear layers, everything else frozen. Options: see `PeftAdapter`."""
+    """Adapter option: low-rank updates of the chosen linear layers and embeddings, everything else frozen. Options: see `PeftAdapter`."""
 
     layer = LoRALayer
+    embeddings = True
+
+    def wrap(self, base: nn.Module, ids: TaskIds, r: int, scale: float) -> AdapterLayer:
+        return LoRAEmbeddingLayer(base, ids, r, scale) if is_embedding(base) else super().wrap(base, ids, r, scale)

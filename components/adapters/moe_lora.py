@@ -15,7 +15,7 @@ from typing import Any, Literal
 from torch import nn
 
 from components.adapters.base import OFF, adapter_layers, adapter_state, inject, load_adapter_state, task_ids
-from components.adapters.base.peft_files import read_folder, read_peft, write_folder, write_peft
+from components.adapters.base.peft_files import read_folder, read_peft, write_folder, write_peft, write_routing
 from components.adapters.mixture import ModalityLayer, RowChoice, TaskLayer, TokenLayer, watch_routers
 from components.contracts import UserError
 
@@ -61,7 +61,10 @@ class MoELoRA:
         _check_lora("adapter", r, alpha, dropout)
         self.router, self.r, self.alpha, self.dropout = router, r, alpha, dropout
         self.num_experts, self.embedding_dim, self.top_k, self.aux = num_experts, embedding_dim, top_k, dict(aux)
-        self.experts = {name: dict(expert) for name, expert in experts.items()}
+        for name, expert in experts.items():
+            if not isinstance(expert, Mapping):
+                raise UserError(f"adapter.experts.{name}: {expert!r}; needed is {{r: RANK, alpha: NUMBER, dropout: SHARE}}")
+        self.experts = {str(name): dict(expert) for name, expert in experts.items()}
         self.rules = dict(rules) or {name: name for name in experts}
         self.train = list(self.experts if train is None else train)
         self.tasks = list(tasks or ())
@@ -109,7 +112,7 @@ class MoELoRA:
             if not name.isidentifier():
                 raise UserError(f"adapter.experts: {name!r}; a name consists of letters, digits and _")
             if set(expert) != {"r", "alpha", "dropout"}:
-                raise UserError(f"adapter.experts.{name}: has {', '.join(expert) or 'nothing'}; needed are r, alpha, dropout")
+                raise UserError(f"adapter.experts.{name}: has {', '.join(map(str, expert)) or 'nothing'}; needed are r, alpha, dropout")
             _check_lora(f"adapter.experts.{name}", expert["r"], expert["alpha"], expert["dropout"])
         for key, expert_name in [*(("rules", name) for name in self.rules.values()), *(("train", name) for name in self.train)]:
             if expert_name is not None and expert_name not in self.experts:
@@ -137,8 +140,10 @@ class MoELoRA:
         return report
 
     def save(self, model: nn.Module, folder: Path | str) -> None:
-        """Write adapter_model.safetensors, the adapter's tensors by parameter name, and adapter_config.json."""
+        """Write adapter_model.safetensors, the adapter's tensors by name, adapter_config.json, and for `modality` routing.json."""
         write_folder(Path(folder), {"peft_type": PEFT_TYPE, **self._config(model)}, adapter_state(model))
+        if (routing := self.routing()) is not None:
+            write_routing(Path(folder), routing)
 
     def load(self, model: nn.Module, folder: Path | str) -> None:
         """Read such a folder into a model that `apply` has wrapped. Tasks in another order are put into this model's.
@@ -169,6 +174,10 @@ class MoELoRA:
         own = {"router": self.router, "r": self.r, "alpha": self.alpha, "num_experts": self.num_experts, "top_k": self.top_k}
         return {**own, "tasks": tasks}
 
+    def routing(self) -> dict[str, str | None] | None:
+        """{mode: its expert, None for the base model} with router=modality; None for learned routers, whose experts mean nothing alone."""
+        return dict(self.rules) if self.router == "modality" else None
+
     def save_expert(self, model: nn.Module, name: str, folder: Path | str) -> None:
         """Write one expert (router=modality) as a LoRA of its own, in PEFT's layout: PEFT and vLLM read the folder."""
         expert = self._expert(name)
@@ -183,7 +192,7 @@ class MoELoRA:
         Raises UserError when a file is missing or damaged, or keys, shapes, rank or scale differ from the expert's.
         """
         expert = self._expert(name)
-        config, state = read_peft(Path(folder))
+        config, state = read_peft(Path(folder), free=("fan_in_fan_out",))
         for key, own in (("r", expert["r"]), ("lora_alpha", expert["alpha"]), ("use_rslora", False)):
             if config[key] != own:
                 raise UserError(f"{folder}: {key} is {config[key]}; expert {name} has {own}")
@@ -210,7 +219,10 @@ def _near(word: str, valid: Iterable[str]) -> str:
 
 def _check_lora(key: str, r: int, alpha: float, dropout: float) -> None:
     if not isinstance(r, int) or r < 1:
-        raise UserError(f"{key}.r: {r}; the rank must be a whole number, at least 1")
+        raise UserError(f"{key}.r: {r!r}; the rank must be a whole number, at least 1")
+    for name, value in (("alpha", alpha), ("dropout", dropout)):
+        if not isinstance(value, (int, float)):
+            raise UserError(f"{key}.{name}: {value!r}; must be a number")
     if not math.isfinite(alpha) or alpha <= 0:
         raise UserError(f"{key}.alpha: {alpha}; must be a finite number above 0")
     if not 0 <= dropout < 1:

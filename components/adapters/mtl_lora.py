@@ -36,12 +36,12 @@ class MTLLoRALayer(AdapterLayer):
     adapter_prefix = "lora_"
 
     def __init__(
-        self, base_layer: nn.Linear, task_ids: TaskIds, r: int, scale: float, dropout: float, n_up: int, tau: float,
+        self, base_layer: nn.Module, task_ids: TaskIds, r: int, scale: float, dropout: float, n_up: int, tau: float,
         lambda_type: str, w_init: str, splits: Sequence[int],
     ) -> None:  # fmt: skip
         """splits: rows of each block of a fused projection, which add up to out_features; () for a plain one."""
         super().__init__(base_layer, task_ids)
-        tasks, inside, outside = len(task_ids), base_layer.in_features, base_layer.out_features
+        tasks, inside, outside = len(task_ids), self.in_features, self.out_features
         kwargs = parameter_options(base_layer)
         self.splits = tuple(splits) if lambda_type != "none" and len(splits) > 1 else (outside,)
         self.scale = scale
@@ -192,7 +192,7 @@ class MTLLoRA(LowRankAdapter):
         """
         splits = model.fused_splits() if self.split_fused and hasattr(model, "fused_splits") else {}  # type: ignore[operator]
 
-        def wrap(name: str, base: nn.Linear, ids: TaskIds, r: int, scale: float) -> MTLLoRALayer:
+        def wrap(name: str, base: nn.Module, ids: TaskIds, r: int, scale: float) -> MTLLoRALayer:
             rows = splits.get(f"{name}.weight", ())
             return MTLLoRALayer(base, ids, r, scale, self.dropout, self.n_up, self.tau, self.lambda_type, self.w_init, rows)
 

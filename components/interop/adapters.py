@@ -1,37 +1,57 @@
-"""An adapter beside an exported base: plain LoRAs under the module names of the other project, in PEFT's layout."""
+"""Adapters beside an exported base: plain LoRAs under the module names of the other project, in PEFT's layout."""
 
 from __future__ import annotations
 
+import json
 import re
 import tempfile
 from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 
 from components.adapters.base import task_ids
-from components.adapters.base.peft_files import KEY_PREFIX, read_folder, write_folder
+from components.adapters.base.low_rank import fits
+from components.adapters.base.peft_files import KEY_PREFIX, ROUTING, read_folder, write_folder, write_routing
+from components.adapters.lora import LoRA
 from components.contracts import UserError
 
 PLAIN = {"use_dora": False, "bias": "none", "modules_to_save": None}  # what vLLM serves, and what stands on the base's own weights
 Lora = tuple[dict[str, Any], dict[str, Tensor]]  # adapter_config.json and the tensors by parameter name
 
 
-def kept_adapters(adapter: Any, model: nn.Module, task: str | int | None) -> dict[str, Lora]:
-    """The plain LoRAs that an adapter option comes to on `model`, by task, or under the name `adapter` where it has none.
+@dataclass
+class Kept:
+    """Plain LoRAs by name. tasks: a task of the run's adapter that each stands for; routing: {mode: its LoRA, None for the base}."""
+
+    loras: dict[str, Lora] = field(default_factory=dict)
+    tasks: dict[str, str] = field(default_factory=dict)
+    routing: dict[str, str | None] | None = None
+
+
+def kept_adapters(adapter: Any, model: nn.Module, task: str | int | None) -> Kept:
+    """The plain LoRAs that an adapter option comes to on `model`, by task or expert, or under the name `adapter` where it has neither.
 
     task: that one alone. Raises UserError for an adapter that is none, or is more than that.
     """
     holder = task_ids(model)
     names = holder.names if holder is not None else ()
-    if names and not hasattr(adapter, "export_peft"):
+    routing: dict[str, str | None] | None = adapter.routing() if hasattr(adapter, "routing") else None
+    if routing is None and (hasattr(adapter, "routing") or (names and not hasattr(adapter, "export_peft"))):
         raise UserError(f"task.adapter: keep, but {type(adapter).__name__} is no plain LoRA for each task; use task.adapter=merge")
     wanted = [names[holder.index(task)]] if holder is not None and task is not None else list(names) or ["adapter"]
-    found: dict[str, Lora] = {}
+    kept = Kept(routing=None if routing is None else {mode: routing[mode] for mode in wanted})
     for name in wanted:
+        place = name if routing is None else routing[name]
+        if place is None or place in kept.loras:
+            continue
         with tempfile.TemporaryDirectory() as folder:
-            if names:
+            if routing is not None:
+                adapter.save_expert(model, place, folder)
+            elif names:
                 adapter.export_peft(model, name, folder)
             else:
                 adapter.save(model, folder)
@@ -41,8 +61,12 @@ def kept_adapters(adapter: Any, model: nn.Module, task: str | int | None) -> dic
                 raise UserError(
                     f"task.adapter: keep, but the adapter has {key}={config[key]!r}, which is no plain LoRA; use task.adapter=merge"
                 )
-        found[name] = config, state
-    return found
+        kept.loras[place] = config, state
+        if names:
+            kept.tasks[place] = name
+    if not kept.loras:
+        raise UserError(f"task.adapter: keep, but {', '.join(wanted)} is the base model itself; use task.adapter=merge")
+    return kept
 
 
 def module_names(wrapped: Iterable[str], ours: Mapping[str, Tensor], theirs: Mapping[str, Tensor]) -> dict[str, str]:
@@ -61,18 +85,69 @@ def module_names(wrapped: Iterable[str], ours: Mapping[str, Tensor], theirs: Map
     return names
 
 
-def write_adapter(folder: Path, lora: Lora, names: Mapping[str, str], theirs: Mapping[str, Tensor], base: str) -> None:
-    """Write one LoRA for the base that lies in the folder `base`. names: see `module_names`; theirs: all tensors of the base."""
+def write_adapters(folder: Path, kept: Kept, names: Mapping[str, str], theirs: Mapping[str, Tensor], base: str) -> None:
+    """Write every LoRA to its own folder in `folder`, and routing.json, for the base that lies in the folder `base`.
+
+    names: see `module_names`; theirs: all tensors of the base.
+    """
+    modules = [name.removesuffix(".weight") for name in theirs if name.endswith(".weight")]
+    for name, (config, state) in kept.loras.items():
+        last = sorted({place.rpartition(".")[2] for place in names.values()})
+        short = _targeted(last, modules) == set(names.values())
+        targets = last if short else "|".join(re.escape(place) for place in names.values())
+        config, state = _renamed((config, state), names)
+        write_folder(folder / name, {**config, "base_model_name_or_path": base, "task_type": "CAUSAL_LM", "target_modules": targets}, state)
+    if kept.routing is not None:
+        write_routing(folder, kept.routing)
+
+
+def read_back(folder: Path, kept: Kept, name: str, names: Mapping[str, str], theirs: Mapping[str, Tensor], model: nn.Module) -> nn.Module:
+    """Put the LoRA that lies in `folder` / name on `model`, our base, after comparing the file with what was meant. Returns `model`.
+
+    Raises RuntimeError, a defect of ours, for other tensors, other modules or another routing.
+    """
+    found = read_folder(folder / name)
+    back = {place: own for own, place in names.items()}
+    modules = [place.removesuffix(".weight") for place in theirs if place.endswith(".weight")]
+    (config, state), (_, wanted) = _renamed(found, back), kept.loras[name]
+    if state.keys() != wanted.keys() or not all(torch.equal(state[key], tensor) for key, tensor in wanted.items()):
+        raise RuntimeError(f"{folder / name}: the tensors did not survive the export")
+    if _targeted(found[0]["target_modules"], modules) != set(back):
+        raise RuntimeError(f"{folder / name}: target_modules means other modules than those that have an adapter")
+    if kept.routing is not None and json.loads((folder / ROUTING).read_text(encoding="utf-8")) != kept.routing:
+        raise RuntimeError(f"{folder / ROUTING}: another routing than the run's")
+    with tempfile.TemporaryDirectory() as place:
+        write_folder(Path(place), {**config, "target_modules": "|".join(re.escape(own) for own in names)}, state)
+        adapter = LoRA.from_folder(place)
+        adapter.apply(model)
+        adapter.load(model, place)
+    return model
+
+
+def _targeted(targets: str | list[str], modules: Iterable[str]) -> set[str]:
+    """The modules that PEFT would wrap."""
+    if isinstance(targets, str):
+        return {name for name in modules if re.fullmatch(targets, name)}
+    return {name for name in modules if any(f".{name}".endswith(f".{ending}") for ending in targets)}
+
+
+def _renamed(lora: Lora, names: Mapping[str, str]) -> Lora:
+    """The same with other names of the modules, also in what the configuration says of single ones."""
     config, state = lora
-    last = sorted({name.rpartition(".")[2] for name in names.values()})
-    alike = {name.removesuffix(".weight") for name in theirs if name.removesuffix(".weight").rpartition(".")[2] in last}
-    targets = last if alike == set(names.values()) else "|".join(re.escape(name) for name in names.values())
-    config = {**config, "base_model_name_or_path": base, "task_type": "CAUSAL_LM", "target_modules": targets}
+    patterns = {
+        key: {re.escape(new): value for old, new in names.items() if (value := _first(config.get(key) or {}, old)) is not None}
+        for key in ("rank_pattern", "alpha_pattern")
+    }
     renamed = {}
     for key, tensor in state.items():
         module, _, rest = key.removeprefix(KEY_PREFIX).partition(".lora_")
         renamed[f"{KEY_PREFIX}{names[module]}.lora_{rest}"] = tensor
-    write_folder(folder, config, renamed)
+    return {**config, **patterns}, renamed
+
+
+def _first(patterns: Mapping[str, Any], name: str) -> Any:
+    """Value of the first pattern that fits."""
+    return next((value for pattern, value in patterns.items() if fits(pattern, name)), None)
 
 
 def adapter_usage(engine: str, base: Path, folder: Path) -> str:

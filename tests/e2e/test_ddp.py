@@ -213,3 +213,20 @@ def test_fsdp_without_a_gpu_is_refused_in_one_line(tmp_path):
     done = run(tmp_path, "model/size=test", "trainer=fsdp")
     assert done.returncode == 2
     assert done.stderr == "error: trainer.accelerator: 'gpu' but no CUDA device was found; use trainer=cpu\n"
+
+
+@pytest.mark.slow
+def test_experts_that_no_row_of_a_step_uses_stand_still(tmp_path):
+    """Rows of one mode each: in most steps some expert has no gradient, in one process or in both, and no decay or momentum may move it."""
+    modes = ["copy", "sort", "reverse", "rotate"]
+    rows = ["model/size=test", "data=transforms", f"data.tasks=[{','.join(modes)}]", "optimizer=adamw", "optimizer.weight_decay=0.5"]
+    experts = "+adapter.experts={a:{r:2,alpha:4,dropout:0},b:{r:2,alpha:4,dropout:0},c:{r:2,alpha:4,dropout:0}}"
+    rules = "+adapter.rules={copy:null,sort:a,reverse:b,rotate:c}"
+    steps = [word for word in STEPS if not word.startswith("optimizer.")]
+    runs = []
+    for name, more in (("one", ["data.batch_size=2"]), ("two", ["data.batch_size=1", TWO])):
+        (tmp_path / name).mkdir()
+        done = run(tmp_path / name, *rows, "adapter=moe_lora", "adapter.router=modality", experts, rules, *steps, *OFTEN, *more)
+        assert done.returncode == 0, done.stderr
+        runs.append(only_run(tmp_path / name))
+    assert_same_values(*runs, 1e-4)

@@ -92,6 +92,14 @@ def test_plus_sign_habit_is_explained():
         compose("train", ["+model=samba"])
 
 
+def test_new_keys_of_a_mapping_need_the_plus_sign():
+    word = "adapter.experts={v:{r:4,alpha:8,dropout:0}}"
+    with pytest.raises(ConfigErrors, match="gives it keys that it does not have yet; add them with a plus sign") as caught:
+        compose("train", ["adapter=moe_lora", word])
+    assert f"'+{word}'" in str(caught.value)
+    assert compose("train", ["adapter=moe_lora", f"+{word}"]).adapter.experts == {"v": {"r": 4, "alpha": 8, "dropout": 0}}
+
+
 @pytest.mark.parametrize(
     ("overrides", "words"),
     [

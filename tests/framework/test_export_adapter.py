@@ -7,6 +7,7 @@ import torch
 
 import generate
 from components.adapters.base import task_ids
+from components.interop import adapters as interop
 from framework import build
 from tests.components.interop.models import logits
 from tests.framework.interchange import phi_run
@@ -16,9 +17,21 @@ ADAPTERS = {
     "lora": ["adapter=lora", "adapter.r=3"],
     "patterned": ["adapter=lora", "adapter.r=3", "+adapter.rank_pattern={mlp.down_proj: 2}", "adapter.use_rslora=true"],
     "matched": ["adapter=lora", "adapter.r=null", "adapter.match_parameters=5000", "adapter.targets='role:o,down'"],
+    "embedded": ["adapter=lora", "adapter.targets='role:embedding,o'", "model.tie_embeddings=false"],
     "mtl_lora": ["adapter=mtl_lora", "adapter.r=3", "data=transforms", "data.tasks=[copy,sort]"],
     "dora": ["adapter=dora"],
     "moe_lora": ["adapter=moe_lora"],
+    "modes": [
+        "adapter=moe_lora",
+        "adapter.router=modality",
+        "data=transforms",
+        "data.tasks=[copy,sort,reverse,rotate]",
+        *(
+            "+adapter.experts.a={r: 3, alpha: 6, dropout: 0.0}",
+            "+adapter.experts.b={r: 2, alpha: 8, dropout: 0.0}",
+            "+adapter.rules={copy: null, sort: a, reverse: b, rotate: a}",
+        ),
+    ],
     "biases": ["adapter=lora", "adapter.modules_to_save=[norm]"],
     "none": [],
 }
@@ -54,7 +67,7 @@ def close(ours, found):
     return (found[..., : ours.shape[-1]] - ours).abs().max() <= 1e-5 * ours.abs().max() + 2e-6
 
 
-@pytest.mark.parametrize("name", ["lora", "patterned", "matched"])
+@pytest.mark.parametrize("name", ["lora", "patterned", "matched", "embedded"])
 def test_peft_reads_it_beside_the_base(home, export, tmp_path, name):
     assert export(name)[0] == 0
     run = build.load_run(home / name)
@@ -75,6 +88,66 @@ def test_every_task_is_a_lora_of_its_own(home, export, tmp_path):
         found[task] = logits(run.model, IDS)
         assert close(found[task], theirs(tmp_path / "hf", task))
     assert not close(found["copy"], found["sort"])
+
+
+def test_every_expert_is_a_lora_of_its_own_and_routing_says_when(home, export, tmp_path):
+    code, err = export("modes")
+    assert code == 0, err
+    folder = tmp_path / "hf" / "adapters"
+    assert sorted(path.name for path in folder.iterdir()) == ["a", "b", "routing.json"]
+    routing = json.loads((folder / "routing.json").read_text())
+    assert routing == {"copy": None, "sort": "a", "reverse": "b", "rotate": "a"}
+    run = build.load_run(home / "modes")
+    base = logits(build.load_run(tmp_path / "hf", cache_dir=tmp_path / "cache").model, IDS)
+    for mode, expert in routing.items():
+        task_ids(run.model).set(mode)
+        found = logits(run.model, IDS)
+        assert close(found, base if expert is None else theirs(tmp_path / "hf", expert)), mode
+        assert bool(close(found, base)) is (expert is None)
+
+
+def test_one_mode_alone(export, tmp_path):
+    code, err = export("modes", "adapter.task=reverse")
+    assert code == 0, err
+    assert json.loads((tmp_path / "hf" / "adapters" / "routing.json").read_text()) == {"reverse": "b"}
+    assert not (tmp_path / "hf" / "adapters" / "a").exists()
+
+
+def test_a_mode_without_an_expert_has_nothing_to_keep(export, tmp_path):
+    code, err = export("modes", "adapter.task=copy")
+    assert code == 2 and "task.adapter: keep, but copy is the base model itself" in err and not (tmp_path / "hf").exists()
+
+
+def _other_tensor(config, state):
+    next(iter(state.values())).view(-1)[0] += 1
+
+
+def _other_scale(config, state):
+    config["lora_alpha"] *= 2
+
+
+def _other_modules(config, state):
+    config["target_modules"] = config["target_modules"][1:]
+
+
+@pytest.mark.parametrize(
+    ("spoil", "words"),
+    [(_other_tensor, "did not survive"), (_other_scale, "logits differ after reading it back"), (_other_modules, "means other modules")],
+)
+def test_what_was_written_wrongly_never_appears(export, tmp_path, monkeypatch, spoil, words):
+    """The adapters are read back: a defect in the writer leaves no folder."""
+    write = interop.write_folder
+
+    def wrongly(folder, config, state):
+        config, state = dict(config), {name: tensor.clone() for name, tensor in state.items()}
+        if "adapters" in folder.parts:
+            spoil(config, state)
+        write(folder, config, state)
+
+    monkeypatch.setattr(interop, "write_folder", wrongly)
+    code, err = export("lora")
+    assert code == 1 and words in err, err
+    assert [path.name for path in tmp_path.iterdir() if path.name.startswith((".hf", "hf"))] == []
 
 
 def test_one_task_alone(export, tmp_path):

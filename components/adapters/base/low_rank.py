@@ -11,6 +11,7 @@ from typing import Any, Literal
 import torch
 from torch import Tensor, nn
 
+from components.adapters.base.leaves import is_embedding, leaf_of
 from components.adapters.base.peft_files import read_peft, write_peft
 from components.adapters.base.targets import modules_ending_in
 from components.adapters.base.task_ids import TaskIds
@@ -18,7 +19,7 @@ from components.adapters.base.wrapping import AdapterLayer, adapter_layers, adap
 from components.contracts import UserError
 
 PEFT_BIAS = {"none": "none", "adapted": "lora_only", "all": "all"}  # PEFT's words for train_bias
-FREE = ("rank_pattern", "alpha_pattern", "modules_to_save", "bias")  # keys of PEFT's configuration that are read
+FREE = ("rank_pattern", "alpha_pattern", "modules_to_save", "bias", "fan_in_fan_out")  # keys of PEFT's that are read or follow
 
 
 def widen(x: Tensor, dtype: torch.dtype) -> Tensor:
@@ -26,7 +27,7 @@ def widen(x: Tensor, dtype: torch.dtype) -> Tensor:
     return x if torch.is_autocast_enabled(x.device.type) else x.to(dtype)
 
 
-def parameter_options(base_layer: nn.Linear) -> dict[str, Any]:
+def parameter_options(base_layer: Any) -> dict[str, Any]:
     """Device and dtype of an adapter's parameters: float32, or that of the base weight where it is wider."""
     weight = base_layer.weight
     return {"device": weight.device, "dtype": torch.promote_types(weight.dtype, torch.float32)}
@@ -54,15 +55,16 @@ class LowRankLayer(AdapterLayer):
 
     adapter_prefix = "lora_"
 
-    def __init__(self, base_layer: nn.Linear, task_ids: TaskIds, r: int, scale: float, dropout: float) -> None:
+    def __init__(self, base_layer: nn.Module, task_ids: TaskIds, r: int, scale: float, dropout: float) -> None:
         super().__init__(base_layer, task_ids)
         kwargs = parameter_options(base_layer)
-        self.lora_A = nn.Linear(base_layer.in_features, r, bias=False, **kwargs)
-        self.lora_B = nn.Linear(r, base_layer.out_features, bias=False, **kwargs)
+        self.lora_A = nn.Linear(self.in_features, r, bias=False, **kwargs)
+        self.lora_B = nn.Linear(r, self.out_features, bias=False, **kwargs)
         nn.init.kaiming_uniform_(self.lora_A.weight, a=math.sqrt(5))
         nn.init.zeros_(self.lora_B.weight)
         self.dropout = nn.Dropout(dropout)
         self.scale = scale
+        self.rank = r
 
     def low_rank(self, x: Tensor) -> Tensor:
         """scale * B A x for x (..., in) that is dropped out and widened already: (..., out)."""
@@ -83,6 +85,8 @@ class LowRankAdapter:
     train_bias: what is trained in full beside the adapter, see `components.adapters.base.inject`.
     Raises UserError for values out of range.
     """
+
+    embeddings = False  # whether it can wrap an nn.Embedding
 
     def __init__(
         self, r: int, alpha: float, dropout: float, targets: str | Sequence[str], exclude: str | None, use_rslora: bool,
@@ -117,21 +121,21 @@ class LowRankAdapter:
         self.train_bias = train_bias
 
     def wrap_targets(
-        self, model: nn.Module, wrap: Callable[[str, nn.Linear, TaskIds, int, float], AdapterLayer], tasks: Sequence[str] = ()
+        self, model: nn.Module, wrap: Callable[[str, nn.Module, TaskIds, int, float], AdapterLayer], tasks: Sequence[str] = ()
     ) -> dict[str, Any]:
         """`inject` with the rank and scale of each module: wrap gets its name, the module, the ids, r and scale."""
-        names = selected(model, self.targets, self.exclude)
+        names = selected(model, self.targets, self.exclude, self.embeddings)
         for key in ("rank_pattern", "alpha_pattern"):
             for pattern in getattr(self, key):
-                if not any(_fits(pattern, name) for name in names):
+                if not any(fits(pattern, name) for name in names):
                     raise UserError(f"adapter.{key}: {pattern!r} fits none of the wrapped modules, such as {names[0]}")
 
-        def wrap_one(name: str, base: nn.Linear, ids: TaskIds) -> AdapterLayer:
-            r = next((rank for pattern, rank in self.rank_pattern.items() if _fits(pattern, name)), self.r)
-            alpha = next((value for pattern, value in self.alpha_pattern.items() if _fits(pattern, name)), self.alpha)
+        def wrap_one(name: str, base: nn.Module, ids: TaskIds) -> AdapterLayer:
+            r = next((rank for pattern, rank in self.rank_pattern.items() if fits(pattern, name)), self.r)
+            alpha = next((value for pattern, value in self.alpha_pattern.items() if fits(pattern, name)), self.alpha)
             return wrap(name, base, ids, r, alpha / (math.sqrt(r) if self.use_rslora else r))
 
-        return inject(model, self.targets, self.exclude, wrap_one, tasks, self.modules_to_save, self.train_bias)
+        return inject(model, self.targets, self.exclude, wrap_one, tasks, self.modules_to_save, self.train_bias, self.embeddings)
 
     def write_lora(self, model: nn.Module, folder: Path | str, state: dict[str, Tensor], use_dora: bool) -> None:
         """Write a folder that PEFT reads. state: tensors by parameter name, A and B as PEFT has them."""
@@ -142,8 +146,11 @@ class LowRankAdapter:
             "modules_to_save": modules_ending_in(model, self.modules_to_save, "adapter.modules_to_save") or None,
             "bias": PEFT_BIAS[self.train_bias],
         }
-        names = [name for name, _ in adapter_layers(model) if f"{name}.lora_A.weight" in state]
-        write_peft(Path(folder), model, names, state, self.r, self.alpha, self.dropout, self.use_rslora, more)
+        stored = {name.partition(".lora_")[0] for name in state if ".lora_" in name}
+        layers = {name: layer for name, layer in adapter_layers(model) if name in stored}
+        # of PEFT it asks whether Conv1D is among them: an embedding is turned whatever it says
+        more["fan_in_fan_out"] = any(not is_embedding(layer.base_layer) and layer.transposed for layer in layers.values())
+        write_peft(Path(folder), model, list(layers), state, self.r, self.alpha, self.dropout, self.use_rslora, more)
 
 
 class PeftAdapter(LowRankAdapter):
@@ -172,15 +179,20 @@ class PeftAdapter(LowRankAdapter):
     def apply(self, model: nn.Module) -> dict[str, Any]:
         """Wrap the targets in place and freeze the rest; the model's outputs do not change. See `components.adapters.base.inject`."""
         if self.match_parameters is not None:
-            modules: list[Any] = [model.get_submodule(name) for name in selected(model, self.targets, self.exclude)]
-            lengths = sum(m.out_features for m in modules) if self.use_dora else 0
-            self.r = matched_rank([(m.in_features, m.out_features) for m in modules], self.match_parameters, lengths)
-        return self.wrap_targets(model, lambda _, base, ids, r, scale: self.layer(base, ids, r, scale, self.dropout))
+            modules = [model.get_submodule(name) for name in selected(model, self.targets, self.exclude, self.embeddings)]
+            shapes = [leaf[:2] for module in modules if (leaf := leaf_of(getattr(module, "base_layer", module)))]
+            lengths = sum(outside for _, outside in shapes) if self.use_dora else 0
+            self.r = matched_rank(shapes, self.match_parameters, lengths)
+        return self.wrap_targets(model, lambda _, base, ids, r, scale: self.wrap(base, ids, r, scale))
+
+    def wrap(self, base: nn.Module, ids: TaskIds, r: int, scale: float) -> AdapterLayer:
+        """The layer around one module."""
+        return self.layer(base, ids, r, scale, self.dropout)
 
     def save(self, model: nn.Module, folder: Path | str) -> None:
         """Write adapter_model.safetensors and adapter_config.json as PEFT lays them out; PEFT and vLLM read the folder."""
         if self.match_parameters is not None:
-            self.r = next(layer for _, layer in adapter_layers(model) if isinstance(layer, LowRankLayer)).lora_A.out_features
+            self.r = next(int(layer.rank) for _, layer in adapter_layers(model) if hasattr(layer, "rank"))  # type: ignore[arg-type]
         self.write_lora(model, folder, adapter_state(model), self.use_dora)
 
     def load(self, model: nn.Module, folder: Path | str) -> None:
@@ -195,6 +207,11 @@ class PeftAdapter(LowRankAdapter):
         ):  # fmt: skip
             if config[key] != own:
                 raise UserError(f"{folder}: {key} is {config[key]}; this adapter has {own}")
+        for name in [name for name in state if name.endswith(".base_layer.weight")]:  # PEFT stores that of a wrapped embedding, frozen too
+            own_weight = dict(model.named_parameters()).get(name)
+            if own_weight is not None and not torch.equal(state.pop(name).to(own_weight), own_weight):
+                module = name.removesuffix(".base_layer.weight")
+                raise UserError(f"{folder}: holds another weight of {module} than this model's; load it on the base that it was trained on")
         load_adapter_state(model, state, str(folder))
 
     @classmethod
@@ -219,6 +236,6 @@ class PeftAdapter(LowRankAdapter):
         )
 
 
-def _fits(pattern: str, name: str) -> bool:
+def fits(pattern: str, name: str) -> bool:
     """As PEFT compares: the pattern is the end of the name, from a dot."""
     return re.match(rf"(.*\.)?({pattern})$", name) is not None

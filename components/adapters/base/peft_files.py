@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from components.contracts import UserError
 
 KEY_PREFIX = "base_model.model."
-WEIGHTS, CONFIG = "adapter_model.safetensors", "adapter_config.json"
+WEIGHTS, CONFIG, ROUTING = "adapter_model.safetensors", "adapter_config.json", "routing.json"
 # Options of a LoraConfig that change the forward pass, with the only values that mean plain LoRA.
 PLAIN: dict[str, Any] = {
     "bias": "none",
@@ -39,6 +39,11 @@ def write_folder(folder: Path, config: Mapping[str, Any], state: Mapping[str, Te
     folder.mkdir(parents=True, exist_ok=True)
     save_file({name: tensor.contiguous().cpu() for name, tensor in state.items()}, folder / WEIGHTS, {"format": "pt"})
     (folder / CONFIG).write_text(json.dumps(config, indent=2, sort_keys=True) + "\n", encoding="utf-8")
+
+
+def write_routing(folder: Path, routing: Mapping[str, str | None]) -> None:
+    """Write routing.json: {mode: name of the adapter to load for a request of that mode, or null for the base model}."""
+    (folder / ROUTING).write_text(json.dumps(routing, indent=2) + "\n", encoding="utf-8")
 
 
 def read_folder(folder: Path) -> tuple[dict[str, Any], dict[str, Tensor]]:
@@ -110,7 +115,13 @@ def read_peft(
     for name in state:
         if not name.startswith(KEY_PREFIX):
             raise UserError(f"{folder / WEIGHTS}: key {name!r} does not start with {KEY_PREFIX}")
-    return config, {name.removeprefix(KEY_PREFIX): tensor for name, tensor in state.items()}
+    state = {name.removeprefix(KEY_PREFIX): tensor for name, tensor in state.items()}
+    return config, {name: tensor for name, tensor in state.items() if not _is_copy(name, state)}
+
+
+def _is_copy(name: str, state: Mapping[str, Tensor]) -> bool:
+    """Whether it is what bias=all adds to a file for a bias in modules_to_save: the base's, or the trained one a second time."""
+    return any(part in name and name.replace(part, ".") in state for part in (".original_module.", ".modules_to_save."))
 
 
 def _target_modules(model: nn.Module, modules: Sequence[str]) -> list[str] | str:

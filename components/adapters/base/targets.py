@@ -6,8 +6,9 @@ import difflib
 import re
 from collections.abc import Iterator, Mapping, Sequence
 
-from torch import Tensor, nn
+from torch import nn
 
+from components.adapters.base.leaves import is_embedding, leaf_of
 from components.contracts import ROLES, Role, UserError
 
 NEVER_ALL = ("head", "embedding", "router")  # `all-linear` leaves these alone
@@ -15,16 +16,17 @@ MOST_NAMES = 20  # nearest names in a message
 
 
 def select_modules(
-    model: nn.Module, targets: str | Sequence[str], exclude: str | None, roles: Mapping[str, Role], opaque: type[nn.Module]
-) -> list[str]:
+    model: nn.Module, targets: str | Sequence[str], exclude: str | None, roles: Mapping[str, Role], opaque: type[nn.Module],
+    embeddings: bool,
+) -> list[str]:  # fmt: skip
     """Names of the leaf modules to wrap, in the order of the model.
 
     targets: `role:qkv,o` (modules whose weight has one of the roles; a role that this model lacks is skipped), `all-linear` (every
-        nn.Linear but head, embedding and router), any other string as a regex for the whole name, or a list of name endings at dots, of
+        linear layer but head, embedding and router), any other string as a regex for the whole name, or a list of name endings at dots, of
         which each must match. exclude: regex for the whole name; wins. roles: by parameter name before wrapping. opaque: wrapper type that
-        counts as a leaf. Raises UserError when nothing is left, listing the nearest names, for a leaf that is no linear layer,
-        and for the head, which is not called as a module in training. A quantised layer counts as linear: it has a weight, in_features
-        and out_features.
+        counts as a leaf. embeddings: whether an nn.Embedding can be wrapped. Raises UserError when nothing is left, listing the nearest
+        names, for a leaf that cannot be wrapped (see `components.adapters.base.leaves.leaf_of`), and for the head, which is not called as
+        a module in training.
     """
     leaves = dict(_leaves(model, opaque))
     dropped = _compile("adapter.exclude", exclude) if exclude is not None else None
@@ -35,9 +37,15 @@ def select_modules(
     for name in chosen:
         if roles.get(f"{name}.weight") == "head":
             raise UserError(f"adapter.targets: {_shown(targets)} matches the head {name}, whose weight the loss reads; set adapter.exclude")
-        if not _is_linear(leaves[name]) and not isinstance(leaves[name], opaque):
+        leaf = leaves[name]
+        if is_embedding(leaf) and not embeddings:
             raise UserError(
-                f"adapter.targets: {_shown(targets)} matches {name}, a {type(leaves[name]).__name__}; only nn.Linear can be wrapped, "
+                f"adapter.targets: {_shown(targets)} matches {name}, an embedding, which only adapter=lora can wrap; set adapter.exclude"
+            )
+        if leaf_of(leaf) is None and not isinstance(leaf, opaque):
+            kind = "an Embedding with max_norm" if type(leaf) is nn.Embedding else f"a {type(leaf).__name__}"
+            raise UserError(
+                f"adapter.targets: {_shown(targets)} matches {name}, {kind}; only nn.Linear, Conv1D and nn.Embedding can be wrapped, "
                 "narrow the pattern or set adapter.exclude"
             )
     return chosen
@@ -54,9 +62,7 @@ def modules_ending_in(model: nn.Module, endings: Sequence[str], key: str) -> lis
 
 
 def _is_linear(module: nn.Module) -> bool:
-    if isinstance(module, nn.Linear):
-        return True
-    return all(hasattr(module, key) for key in ("in_features", "out_features")) and isinstance(getattr(module, "weight", None), Tensor)
+    return leaf_of(module) is not None and not is_embedding(module)
 
 
 def _leaves(module: nn.Module, opaque: type[nn.Module], name: str = "") -> Iterator[tuple[str, nn.Module]]:
@@ -101,7 +107,7 @@ def _by_suffix(leaves: Mapping[str, nn.Module], suffixes: Sequence[str]) -> list
 
 
 def _nearest(targets: str | Sequence[str], leaves: Mapping[str, nn.Module]) -> str:
-    """The names most like what was asked for; those that could be wrapped come from nn.Linear layers alone."""
+    """The names most like what was asked for; linear layers alone."""
     names = [name for name, module in leaves.items() if _is_linear(module)]
     wanted = targets if isinstance(targets, str) else " ".join(targets)
     near = difflib.get_close_matches(wanted, names, MOST_NAMES, cutoff=0.0)

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from components.contracts import Batch, UserError
+from components.decode_state import DecodeState
 
 OFF = -1  # the id of a row or token that the adapter leaves alone
 
@@ -55,6 +56,24 @@ class TaskIds:
         else:
             self._take(task if isinstance(task, Tensor) else torch.tensor(self.index(task)))
         self.said = (self.ids, self.some_off)
+
+    def go_on(self, state: DecodeState) -> None:
+        """Remember in `state` which task its rows are read for; keys and values of one task mean nothing to another.
+
+        Raises UserError for a row that was read for another task so far.
+        """
+        now, rows = self.ids, state.batch_size
+        if now is None or (now.is_cuda and torch.cuda.is_current_stream_capturing()):
+            return
+        now = (now[:, -1] if now.dim() == 2 else now.reshape(-1)).to(state.length.device)
+        if rows % len(now):
+            return  # `of` says what is wrong
+        now = now.repeat_interleave(rows // len(now))
+        if state.task_ids is not None and bool((changed := (now != state.task_ids) & (state.length > 0)).any()):
+            row = int(changed.nonzero()[0])
+            before, after = ("none" if task == OFF else self.names[task] for task in (int(state.task_ids[row]), int(now[row])))
+            raise UserError(f"adapter.task: {after}, but row {row} was read for {before} so far; read it anew to change in mid-generation")
+        state.task_ids = now
 
     def of_batch(self, task_ids: Tensor | None) -> None:
         """The ids of one batch; None: as `set` said. Raises UserError as `set` does."""
@@ -123,3 +142,6 @@ def read_batch(model: nn.Module, args: tuple[object, ...], kwargs: dict[str, obj
     holder: TaskIds = model.adapter_task_ids  # type: ignore[assignment]
     if isinstance(batch, Batch) and len(holder):
         holder.of_batch(batch.task_ids)
+        state = args[1] if len(args) > 1 else kwargs.get("state")
+        if isinstance(state, DecodeState) and not torch.compiler.is_compiling():
+            holder.go_on(state)

@@ -14,6 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from components.adapters.base.leaves import leaf_of
 from components.adapters.base.targets import modules_ending_in, select_modules
 from components.adapters.base.task_ids import TaskIds, read_batch
 from components.contracts import ModelOutput, Role, UserError
@@ -23,21 +24,36 @@ class AdapterLayer(nn.Module):
     """Base of all wrappers: y = base_layer(x) plus what a subclass adds. Parameters of the adapter start with `adapter_prefix`."""
 
     adapter_prefix: str = "adapter_"
+    may_rest = False  # whether a batch may leave trained parameters of it without a gradient
 
-    def __init__(self, base_layer: nn.Linear, task_ids: TaskIds) -> None:
+    def __init__(self, base_layer: nn.Module, task_ids: TaskIds) -> None:
         super().__init__()
-        self.base_layer = base_layer
+        self.base_layer: Any = base_layer
+        leaf = leaf_of(base_layer)
+        assert leaf is not None  # by select_modules
+        self._leaf = leaf
         self.task_ids = task_ids
         self.enabled = True
-        self.original: Tensor | None = None  # the weight before merging; a plain attribute, so that no checkpoint holds it
+        self.original: Tensor | None = None  # `base_weight` before merging; a plain attribute, so that no checkpoint holds it
 
     @property
     def in_features(self) -> int:
-        return self.base_layer.in_features
+        return self._leaf.in_features
 
     @property
     def out_features(self) -> int:
-        return self.base_layer.out_features
+        return self._leaf.out_features
+
+    @property
+    def base_weight(self) -> Tensor:
+        """The weight of the base layer as (out_features, in_features), whichever way it lies: a view."""
+        weight = self.base_layer.weight
+        return weight.T if self.transposed else weight
+
+    @property
+    def transposed(self) -> bool:
+        """Whether the weight of the base layer lies as (in_features, out_features)."""
+        return self._leaf.transposed
 
     @property
     def merged(self) -> bool:
@@ -60,7 +76,7 @@ class AdapterLayer(nn.Module):
     def merged_weight(self, task: int | None = None) -> Tensor:
         """The weight with the adapter in it, float32 or wider; where that is not a sum (DoRA) a subclass says how."""
         delta = self.delta_weight(task)
-        return self.base_layer.weight.to(delta.dtype) + delta
+        return self.base_weight.to(delta.dtype) + delta
 
     def take_aux_losses(self) -> dict[str, Tensor]:
         """Auxiliary losses, () each and weighted, of the forward just done; {} for most. They are averaged over the layers."""
@@ -72,21 +88,21 @@ class AdapterLayer(nn.Module):
 
 
 def inject(
-    model: nn.Module, targets: str | Sequence[str], exclude: str | None, wrap: Callable[[str, nn.Linear, TaskIds], AdapterLayer],
-    tasks: Sequence[str] = (), modules_to_save: Sequence[str] = (), train_bias: str = "none",
+    model: nn.Module, targets: str | Sequence[str], exclude: str | None, wrap: Callable[[str, nn.Module, TaskIds], AdapterLayer],
+    tasks: Sequence[str] = (), modules_to_save: Sequence[str] = (), train_bias: str = "none", embeddings: bool = False,
 ) -> dict[str, Any]:  # fmt: skip
     """Wrap each chosen module in place and freeze the model's own parameters; an adapter on other modules goes on learning beside it.
 
     targets, exclude: see `components.adapters.base.targets.select_modules`. wrap: builds the layer from the module's name, the module and
     the shared TaskIds. tasks: their names; the ids of a batch (`Batch.task_ids`) are read before each forward. modules_to_save: endings of
     the names of modules that are trained in full, in their own dtype, and stored with the adapter. train_bias: `none`, `adapted` (biases
-    of the wrapped modules) or `all`.
+    of the wrapped modules) or `all`. embeddings: whether an nn.Embedding can be wrapped.
     Returns {'trainable', 'total', 'percent', 'modules': {name: adapter parameters}}.
     Raises UserError as `select_modules` does, when a chosen module has an adapter already or shares its weight with another module, and
     when one to be trained in full has an adapter; the model is then unchanged.
     """
     roles = base_roles(model)
-    names = selected(model, targets, exclude)
+    names = selected(model, targets, exclude, embeddings)
     _refuse_double(model, names)
     _refuse_tied(model, names, "adapter.targets", "adapter.exclude")
     in_full = _trained_in_full(model, names, modules_to_save, train_bias)
@@ -112,9 +128,9 @@ def inject(
     return count_parameters(model)
 
 
-def selected(model: nn.Module, targets: str | Sequence[str], exclude: str | None) -> list[str]:
+def selected(model: nn.Module, targets: str | Sequence[str], exclude: str | None, embeddings: bool = False) -> list[str]:
     """Names of the modules that `inject` would wrap. Raises UserError as `select_modules` does."""
-    return select_modules(model, targets, exclude, base_roles(model), opaque=AdapterLayer)
+    return select_modules(model, targets, exclude, base_roles(model), AdapterLayer, embeddings)
 
 
 def add_aux_losses(model: nn.Module, args: tuple[object, ...], output: object) -> None:
@@ -142,6 +158,11 @@ def adapter_layers(model: nn.Module) -> Iterator[tuple[str, AdapterLayer]]:
     for name, module in model.named_modules():
         if isinstance(module, AdapterLayer):
             yield name, module
+
+
+def may_rest(model: nn.Module) -> bool:
+    """Whether a batch may leave trained parameters of the adapter without a gradient, which processes must then agree on."""
+    return any(layer.may_rest for _, layer in adapter_layers(model))
 
 
 def task_ids(model: nn.Module) -> TaskIds | None:
@@ -227,7 +248,7 @@ def merge(model: nn.Module, task: int | str | None = None) -> dict[str, float]:
             raise UserError(f"adapter.merge: the adapter of {name} holds NaN or infinity; nothing was merged")
     lost = 0.0
     for _, layer in pending:
-        weight = layer.base_layer.weight
+        weight = layer.base_weight
         exact = layer.merged_weight(chosen)
         layer.original = weight.detach().clone()
         weight.copy_(exact)
@@ -264,7 +285,7 @@ def unmerge(model: nn.Module) -> None:
     """Undo `merge`: every base weight is bit for bit what it was."""
     for _, layer in adapter_layers(model):
         if layer.original is not None:
-            layer.base_layer.weight.copy_(layer.original)
+            layer.base_weight.copy_(layer.original)
             layer.original = None
             layer.task_ids.merged = None
 

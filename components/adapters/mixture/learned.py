@@ -19,9 +19,9 @@ class _GatedLayer(AdapterLayer):
 
     adapter_prefix = "lora_"
 
-    def __init__(self, base: nn.Linear, task_ids: TaskIds, r: int, scale: float, dropout: float) -> None:
+    def __init__(self, base: nn.Module, task_ids: TaskIds, r: int, scale: float, dropout: float) -> None:
         super().__init__(base, task_ids)
-        self.lora_A = new_matrix(base, r, base.in_features, True)
+        self.lora_A = new_matrix(base, r, self.in_features, True)
         self.dropout = nn.Dropout(dropout)
         self.scale = scale
 
@@ -52,9 +52,9 @@ class TaskLayer(_GatedLayer):
     its own. The experts share one dropout mask.
     """
 
-    def __init__(self, base: nn.Linear, task_ids: TaskIds, r: int, scale: float, dropout: float, experts: int, embedding_dim: int) -> None:
+    def __init__(self, base: nn.Module, task_ids: TaskIds, r: int, scale: float, dropout: float, experts: int, embedding_dim: int) -> None:
         super().__init__(base, task_ids, r, scale, dropout)
-        self.lora_B = new_matrix(base, base.out_features, r, False)
+        self.lora_B = new_matrix(base, self.out_features, r, False)
         self.lora_embedding = new_matrix(base, len(task_ids), embedding_dim, False)
         nn.init.normal_(self.lora_embedding)
         self.lora_gate = new_matrix(base, experts, embedding_dim, True)
@@ -87,13 +87,13 @@ class TokenLayer(_GatedLayer):
     """
 
     def __init__(
-        self, base: nn.Linear, task_ids: TaskIds, r: int, scale: float, dropout: float, experts: int, top_k: int | None,
+        self, base: nn.Module, task_ids: TaskIds, r: int, scale: float, dropout: float, experts: int, top_k: int | None,
         aux: Mapping[str, float],
     ) -> None:  # fmt: skip
         super().__init__(base, task_ids, r, scale, dropout)
-        heads = [new_matrix(base, base.out_features, r, False).data for _ in range(experts)]
+        heads = [new_matrix(base, self.out_features, r, False).data for _ in range(experts)]
         self.lora_B = nn.Parameter(torch.stack(heads))  # (E, out, r)
-        self.lora_router = new_matrix(base, experts, base.in_features, True)
+        self.lora_router = new_matrix(base, experts, self.in_features, True)
         self.top_k = top_k
         self.aux = dict(aux)
         self.recording = False

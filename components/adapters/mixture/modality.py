@@ -45,15 +45,16 @@ class ModalityLayer(AdapterLayer):
     """
 
     adapter_prefix = "lora_"
+    may_rest = True
 
     def __init__(
-        self, base: nn.Linear, task_ids: TaskIds, choice: RowChoice, experts: Mapping[str, Mapping[str, Any]], train: Sequence[str]
+        self, base: nn.Module, task_ids: TaskIds, choice: RowChoice, experts: Mapping[str, Mapping[str, Any]], train: Sequence[str]
     ) -> None:
         super().__init__(base, task_ids)
         self.choice = choice
         self.names = list(experts)  # in the order of their numbers; a ParameterDict sorts its keys
-        self.lora_A = nn.ParameterDict({name: new_matrix(base, e["r"], base.in_features, True) for name, e in experts.items()})
-        self.lora_B = nn.ParameterDict({name: new_matrix(base, base.out_features, e["r"], False) for name, e in experts.items()})
+        self.lora_A = nn.ParameterDict({name: new_matrix(base, e["r"], self.in_features, True) for name, e in experts.items()})
+        self.lora_B = nn.ParameterDict({name: new_matrix(base, self.out_features, e["r"], False) for name, e in experts.items()})
         for name in experts:
             self.lora_A[name].requires_grad_(name in train)
             self.lora_B[name].requires_grad_(name in train)
@@ -88,7 +89,7 @@ class ModalityLayer(AdapterLayer):
     def delta_weight(self, task: int | None = None) -> Tensor:
         expert = self.choice.rules[task or 0]
         if expert == OFF:
-            return torch.zeros_like(self.base_layer.weight, dtype=self.dtype)
+            return torch.zeros_like(self.base_weight, dtype=self.dtype)
         a, b = (side[self.names[expert]] for side in (self.lora_A, self.lora_B))
         with torch.autocast(a.device.type, enabled=False):
             return self.scales[expert] * (b @ a)  # (out, in)

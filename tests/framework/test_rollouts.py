@@ -57,7 +57,9 @@ def roll_out(run, folder, **changes):
     problems.write_text("".join(json.dumps({"prompt": p, "solution": s}) + "\n" for p, s in SOLUTIONS.items()))
     options = {"problems": str(problems), "split": "train", "most_problems": None, "n": 4, "most_pairs": 2, "verify": FinalNumber("#")}
     task = Rollouts(**(options | {"output": None} | changes))
-    context = SimpleNamespace(run=load_run(run), engine=Scripted(SCRIPT), params=SamplingParams(), out_dir=folder / "out", cache_dir=folder)
+    context = SimpleNamespace(
+        run=load_run(run), engine=Scripted(SCRIPT), params=SamplingParams(), out_dir=folder / "out", cache_dir=folder, task=None
+    )
     return task.run(context), folder / "out" / "pairs.jsonl"
 
 

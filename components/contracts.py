@@ -6,7 +6,7 @@ K head size, V vocabulary, N state size, R rank, E experts, C chunk.
 
 from __future__ import annotations
 
-from collections.abc import AsyncIterable, AsyncIterator, Iterable, Iterator, Mapping, Sequence
+from collections.abc import AsyncIterable, AsyncIterator, Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, fields, replace
 from pathlib import Path
 from typing import Any, Literal, Protocol, cast, runtime_checkable
@@ -359,6 +359,9 @@ class Result:
     error: str | None = None
 
 
+OnPiece = Callable[[str, int, str], None]
+
+
 class Engine(Protocol):
     """An option of the group `engine`. Rows never influence each other.
 
@@ -384,8 +387,11 @@ class Engine(Protocol):
         """The text of one completion as it is written."""
         ...
 
-    def stream(self, requests: AsyncIterable[Request], *, concurrency: int) -> AsyncIterator[Result]:
-        """Results in any order, at most `concurrency` requests at a time. One that fails has an error and ends nothing."""
+    def stream(self, requests: AsyncIterable[Request], *, concurrency: int, on_piece: OnPiece | None = None) -> AsyncIterator[Result]:
+        """Results in any order, at most `concurrency` requests at a time. One that fails has an error and ends nothing.
+
+        on_piece: called in the event loop with (request id, index of the completion, text) as it is written, or once with all of it.
+        """
         ...
 
     def score(self, sequences: list[list[int]]) -> list[Tensor]:

@@ -14,7 +14,7 @@ from typing import Any
 
 import numpy as np
 
-from components.contracts import Completion, Decoding, Prompt, Request, Result, SamplingParams, Usage, UserError
+from components.contracts import Completion, Decoding, OnPiece, Prompt, Request, Result, SamplingParams, Usage, UserError
 from components.decoding.sampling import mix64
 
 THREAD = "engine-requests"  # of the loop behind calls that wait
@@ -87,6 +87,14 @@ class Breaker:
             await asyncio.sleep(left)
 
 
+def told(result: Result, on_piece: OnPiece | None) -> Result:
+    """The result, whose texts were said to `on_piece` first."""
+    for index, completion in enumerate(result.completions if on_piece is not None else ()):
+        if completion.text:
+            on_piece(result.request_id, index, completion.text)  # type: ignore[misc]
+    return result
+
+
 def row_seed(seed: int, row: int) -> int:
     """The seed of row `row` of a call with one seed: 63 bits that depend on both alone."""
     golden = np.uint64(0x9E3779B97F4A7C15)
@@ -146,7 +154,7 @@ class RequestEngine:
     async def end(self) -> None:
         """Called in the loop after the last one."""
 
-    async def stream(self, requests: AsyncIterable[Request], *, concurrency: int) -> AsyncIterator[Result]:
+    async def stream(self, requests: AsyncIterable[Request], *, concurrency: int, on_piece: OnPiece | None = None) -> AsyncIterator[Result]:
         """See the contract. Raises UserError when the breaker gives up; requests are read as there is room for them."""
         await self.begin()
         source, running = aiter(requests), set[asyncio.Task[Any]]()
@@ -157,7 +165,7 @@ class RequestEngine:
                 done, _ = await asyncio.wait(waiting, return_when=asyncio.FIRST_COMPLETED)
                 for task in done - {reading}:
                     running.discard(task)
-                    yield task.result()
+                    yield told(task.result(), on_piece)
                 if reading in done:
                     request = reading.result()  # type: ignore[union-attr]
                     if request is not None:

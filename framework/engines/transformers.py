@@ -13,10 +13,12 @@ from typing import Any, Literal, cast
 import torch
 from torch import Tensor
 
-from components.contracts import Completion, Decoding, Prompt, Request, Result, SamplingParams, Tokenizer, Usage, UserError
+from components.contracts import Completion, Decoding, OnPiece, Prompt, Request, Result, SamplingParams, Tokenizer, Usage, UserError
 from components.decoding.sampling import RowSampling, check_params, sample_token, seen_tokens
 from components.decoding.stops import TextStream
+from framework.engines.requests import told
 
+GATHER_SECONDS = 0.02  # after the first request of a batch
 Row = tuple[int, list[int], SamplingParams, int]  # place in the call, ids, parameters, row of the random numbers
 
 
@@ -81,11 +83,11 @@ class TransformersEngine:
         """The whole text at once: a static batch has no pieces."""
         yield self.generate([prompt], params)[0].text
 
-    async def stream(self, requests: AsyncIterable[Request], *, concurrency: int) -> AsyncIterator[Result]:
+    async def stream(self, requests: AsyncIterable[Request], *, concurrency: int, on_piece: OnPiece | None = None) -> AsyncIterator[Result]:
         """See the contract; as many requests as are to run at a time make a round."""
         async for some in gathered(requests, concurrency):
             for request, result in await asyncio.to_thread(self._round, some):
-                yield replace(result, request_id=request.id)
+                yield told(replace(result, request_id=request.id), on_piece)
 
     def _ids(self, prompt: Prompt) -> list[int]:
         """Raise ValueError for a text, a conversation, nothing, or an id that the model does not have."""
@@ -210,12 +212,22 @@ def batches(rows: list[Row], size: int) -> Iterator[list[Row]]:
 
 
 async def gathered(requests: AsyncIterable[Request], size: int) -> AsyncIterator[list[Request]]:
-    """Lists of up to `size` requests."""
-    some: list[Request] = []
-    async for request in requests:
-        some.append(request)
-        if len(some) == size:
+    """Lists of up to `size` requests: those that have come by the time that no other one comes soon."""
+    source = aiter(requests)
+    coming: asyncio.Future[Any] = asyncio.ensure_future(anext(source, None))  # type: ignore[arg-type]
+    try:
+        while True:
+            some: list[Request] = []
+            while len(some) < size:
+                done, _ = await asyncio.wait({coming}, timeout=GATHER_SECONDS if some else None)
+                if not done:
+                    break
+                if (request := coming.result()) is None:
+                    if some:
+                        yield some
+                    return
+                some.append(request)
+                coming = asyncio.ensure_future(anext(source, None))  # type: ignore[arg-type]
             yield some
-            some = []
-    if some:
-        yield some
+    finally:
+        coming.cancel()

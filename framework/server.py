@@ -1,0 +1,248 @@
+"""OpenAI's HTTP interface over an engine. What a caller asks and we do not do is refused, never passed over."""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import secrets
+import time
+from collections.abc import AsyncIterator
+from contextlib import asynccontextmanager
+from dataclasses import replace
+from typing import Any
+
+from fastapi import Depends, FastAPI, HTTPException
+from fastapi import Request as Call
+from fastapi.exceptions import RequestValidationError
+from fastapi.responses import JSONResponse, StreamingResponse
+
+from components.contracts import Completion, Engine, Prompt, Request, Result, SamplingParams, UserError
+from components.decoding.constraints import constraint
+from components.decoding.params import check_params
+from framework.build import Run
+from framework.generate import run_renderer
+from framework.server_forms import Asked, ChatForm, CompletionForm
+
+Piece = tuple[int, str]  # index of the completion, and its next text
+
+
+class Hub:
+    """One engine, many callers: requests wait in a queue, and what comes back finds who asked."""
+
+    def __init__(self, engine: Engine, concurrency: int) -> None:
+        self.engine, self.concurrency, self.answered = engine, concurrency, 0
+        self._arrived: asyncio.Queue[Request] = asyncio.Queue()
+        self._callers: dict[str, asyncio.Queue[Piece | Result | BaseException]] = {}
+
+    async def work(self) -> None:
+        """Answer for ever. An engine that fails is told to all who wait, and begun anew for those who come."""
+        while True:
+            try:
+                async for result in self.engine.stream(self._requests(), concurrency=self.concurrency, on_piece=self._say):
+                    self.answered += result.error is None
+                    if (caller := self._callers.pop(result.request_id, None)) is not None:
+                        caller.put_nowait(result)
+            except Exception as error:
+                for caller in self._callers.values():
+                    caller.put_nowait(error)
+                self._callers.clear()
+
+    async def follow(self, prompt: Prompt, params: SamplingParams, n: int) -> AsyncIterator[Piece | Result]:
+        """The pieces of n completions as they are written, then the result. Raises UserError for a request that failed."""
+        name, said = secrets.token_hex(12), asyncio.Queue[Piece | Result | BaseException]()
+        self._callers[name] = said
+        self._arrived.put_nowait(Request(name, prompt, params, n))
+        try:
+            while True:
+                item = await said.get()
+                if isinstance(item, BaseException):
+                    raise item
+                if isinstance(item, Result) and item.error is not None:
+                    raise UserError(item.error)
+                yield item
+                if isinstance(item, Result):
+                    return
+        finally:
+            self._callers.pop(name, None)
+
+    async def _requests(self) -> AsyncIterator[Request]:
+        while True:
+            yield await self._arrived.get()
+
+    def _say(self, request: str, index: int, text: str) -> None:
+        if (caller := self._callers.get(request)) is not None:
+            caller.put_nowait((index, text))
+
+
+def make_app(hub: Hub, run: Run, name: str, defaults: SamplingParams, key: str | None) -> FastAPI:
+    """The application. defaults: of what a request leaves open. key: that callers must send, None for none."""
+
+    @asynccontextmanager
+    async def life(app: FastAPI) -> AsyncIterator[None]:
+        work = asyncio.create_task(hub.work())
+        yield
+        work.cancel()
+
+    def allowed(call: Call) -> None:
+        if key is not None and not secrets.compare_digest(call.headers.get("authorization", ""), f"Bearer {key}"):
+            raise HTTPException(401, "the key is missing or wrong; send it as Authorization: Bearer KEY")
+
+    app = FastAPI(title="Patchbay", lifespan=life)
+    guarded = [Depends(allowed)]
+    render = run_renderer(run)
+    errors(app)
+
+    def checked(asked: Asked) -> SamplingParams:
+        if asked.model not in (None, name):
+            raise HTTPException(404, f"model: {asked.model!r} is not here; {name!r} is")
+        try:
+            params = replace(defaults, **asked.given(), constraint=constraint(asked.regex, asked.choice))
+            check_params(params)
+        except UserError as error:
+            raise HTTPException(400, str(error)) from error
+        return params if asked.seed is not None else replace(params, seed=secrets.randbits(63))
+
+    @app.get("/health")
+    async def health() -> dict[str, str]:
+        return {"status": "ok"}
+
+    @app.get("/v1/models", dependencies=guarded)
+    async def models() -> dict[str, Any]:
+        model = {"id": name, "object": "model", "created": 0, "owned_by": "patchbay", "max_model_len": hub.engine.context_length}
+        return {"object": "list", "data": [model]}
+
+    @app.post("/v1/completions", dependencies=guarded)
+    async def complete(asked: CompletionForm) -> Any:
+        params = checked(asked)
+        start = run.tokenizer.eot_id
+        prompts: list[list[int]] = [[start, *run.tokenizer.encode(one)] if isinstance(one, str) else one for one in asked.prompts()]
+        scores = await asyncio.to_thread(scored, hub.engine, prompts) if asked.prompt_logprobs is not None else None
+        return await answered(hub, Reply("text_completion", name, asked, scores), list(prompts), params)
+
+    @app.post("/v1/chat/completions", dependencies=guarded)
+    async def chat(asked: ChatForm) -> Any:
+        params = checked(asked)
+        try:
+            prompt = render([message.model_dump() for message in asked.messages], where="messages")
+        except UserError as error:
+            raise HTTPException(400, str(error)) from error
+        return await answered(hub, Reply("chat.completion", name, asked, None), [prompt], params)
+
+    return app
+
+
+def errors(app: FastAPI) -> None:
+    """Errors in OpenAI's form: {"error": {"message", "type", "code"}}."""
+
+    def told(code: int, message: str) -> JSONResponse:
+        kind = "invalid_request_error" if code < 500 else "server_error"
+        return JSONResponse({"error": {"message": message, "type": kind, "code": code}}, code)
+
+    @app.exception_handler(HTTPException)
+    async def refused(call: Call, error: HTTPException) -> JSONResponse:
+        return told(error.status_code, str(error.detail))
+
+    @app.exception_handler(RequestValidationError)
+    async def malformed(call: Call, error: RequestValidationError) -> JSONResponse:
+        found = ("; ".join(f"{'.'.join(map(str, one['loc'][1:])) or 'body'}: {one['msg']}" for one in error.errors()))[:1000]
+        return told(400, found)
+
+    @app.exception_handler(UserError)
+    async def failed(call: Call, error: UserError) -> JSONResponse:
+        return told(400, str(error))
+
+
+def scored(engine: Engine, prompts: list[list[int]]) -> list[list[Any]]:
+    """Log-probabilities of prompts as vLLM gives them: nothing for the first id, {id: {logprob}} for each after it."""
+    found = engine.score(prompts)
+    return [
+        [None, *({str(i): {"logprob": p}} for i, p in zip(ids[1:], row.tolist(), strict=True))]
+        for ids, row in zip(prompts, found, strict=True)
+    ]
+
+
+class Reply:
+    """How an answer is written. kind: text_completion or chat.completion; scores: of the prompts."""
+
+    def __init__(self, kind: str, name: str, asked: Asked, scores: list[list[Any]] | None) -> None:
+        self.kind, self.name, self.asked, self.scores = kind, name, asked, scores
+        self.talk = kind == "chat.completion"
+        self.id, self.created = f"{'chatcmpl' if self.talk else 'cmpl'}-{secrets.token_hex(12)}", int(time.time())
+
+    def body(self, choices: list[dict[str, Any]], usage: dict[str, Any] | None, chunk: bool = False) -> dict[str, Any]:
+        kind = f"{self.kind}.chunk" if chunk and self.talk else self.kind
+        found: dict[str, Any] = {"id": self.id, "object": kind, "created": self.created, "model": self.name, "choices": choices}
+        return found | ({"usage": usage} if usage is not None else {})
+
+    def choice(self, index: int, found: Completion, prompt: int) -> dict[str, Any]:
+        said = {"message": {"role": "assistant", "content": found.text}} if self.talk else {"text": found.text}
+        ids = {"token_ids": found.token_ids} if self.asked.return_token_ids else {}
+        scores = {"prompt_logprobs": self.scores[prompt]} if self.scores is not None else {}
+        end = {"finish_reason": found.finish_reason, "stop_reason": found.stop_reason}
+        return {"index": index, **said, "logprobs": self._logprobs(found), **end, **ids, **scores}
+
+    def piece(self, index: int, text: str, reason: str | None = None) -> dict[str, Any]:
+        said = {"delta": {"role": "assistant", "content": text}} if self.talk else {"text": text}
+        return {"index": index, **said, "logprobs": None, "finish_reason": reason}
+
+    def _logprobs(self, found: Completion) -> dict[str, Any] | None:
+        if not self.asked.wants_logprobs:
+            return None
+        tops = [{f"token_id:{i}": p for i, p in top.items()} for top in found.alternatives or [{} for _ in found.token_ids]]
+        names = [f"token_id:{i}" for i in found.token_ids]
+        if not self.talk:
+            return {"tokens": names, "token_logprobs": found.logprobs, "top_logprobs": tops}
+        steps = zip(names, found.logprobs, tops, strict=True)
+        return {
+            "content": [
+                {"token": t, "logprob": p, "top_logprobs": [{"token": k, "logprob": v} for k, v in top.items()]} for t, p, top in steps
+            ]
+        }
+
+
+async def answered(hub: Hub, reply: Reply, prompts: list[Prompt], params: SamplingParams) -> Any:
+    """The response: one body, or events as the text is written."""
+    n = reply.asked.n
+    if reply.asked.stream:
+        return StreamingResponse(events(hub, reply, prompts, params), media_type="text/event-stream")
+
+    async def last(prompt: Prompt) -> Result:
+        found = [item async for item in hub.follow(prompt, params, n)]
+        assert isinstance(found[-1], Result)
+        return found[-1]
+
+    results = await asyncio.gather(*map(last, prompts))
+    choices = [
+        reply.choice(place * n + index, one, place) for place, result in enumerate(results) for index, one in enumerate(result.completions)
+    ]
+    return reply.body(choices, usage(results))
+
+
+async def events(hub: Hub, reply: Reply, prompts: list[Prompt], params: SamplingParams) -> AsyncIterator[str]:
+    """Server-sent events: pieces, a last piece with the reason of each completion, the usage where asked for, [DONE]."""
+
+    def event(body: dict[str, Any]) -> str:
+        return f"data: {json.dumps(body, ensure_ascii=False)}\n\n"
+
+    results, n = [], reply.asked.n
+    try:
+        for place, prompt in enumerate(prompts):
+            async for item in hub.follow(prompt, params, n):
+                if isinstance(item, Result):
+                    results.append(item)
+                    ends = [reply.piece(place * n + index, "", one.finish_reason) for index, one in enumerate(item.completions)]
+                    yield event(reply.body(ends, None, chunk=True))
+                else:
+                    yield event(reply.body([reply.piece(place * n + item[0], item[1])], None, chunk=True))
+    except UserError as error:
+        yield event({"error": {"message": str(error), "type": "invalid_request_error", "code": 400}})
+    if reply.asked.stream_options is not None and reply.asked.stream_options.include_usage:
+        yield event(reply.body([], usage(results), chunk=True))
+    yield "data: [DONE]\n\n"
+
+
+def usage(results: list[Result]) -> dict[str, Any]:
+    """Tokens of all. A prompt counts once however many answers it gets, as OpenAI counts."""
+    read = sum(result.usage.prompt // max(1, len(result.completions)) for result in results)
+    said = sum(result.usage.completion for result in results)
+    return {"prompt_tokens": read, "completion_tokens": said, "total_tokens": read + said}

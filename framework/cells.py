@@ -23,7 +23,19 @@ from framework.signatures import locate
 
 Cell = dict[str, str]  # {group or key: value}, without those that have their default
 CROSS = ("model", "adapter", "optimizer", "rope")  # groups whose options are all combined; those of the other groups come one at a time
-APART = ("model/size", "model/overlay", "optimizer/overlay", "model/variant", "experiment", "local", "debug", "sweep", "eval")  # no parts
+APART = (
+    "model/size",
+    "model/overlay",
+    "optimizer/overlay",
+    "model/variant",
+    "experiment",
+    "local",
+    "debug",
+    "sweep",
+    "eval",
+    "decode/read",
+    "decode/template",
+)  # no parts
 RULES = Path(__file__).resolve().parent.parent / "tests" / "illegal_cells.yaml"
 SEED, STEPS = 1, 2
 
@@ -135,12 +147,17 @@ def single_cells(config_name: str) -> list[Cell]:
 
 
 def fits(config_name: str, group: str, option: str) -> bool:
-    """Does an option of a group that both commands have belong to this one? What train.py trains is a LightningModule."""
+    """Does an option of a group that both commands have belong to this one? What train.py trains is a LightningModule.
+
+    A task that ends by an interrupt alone (`endless`) is no cell: it is tried as a process of its own.
+    """
     if group != "task":
         return True
     node = yaml.safe_load((overrides.CONF / group / f"{option}.yaml").read_text())
     target = locate(node.get(group, node)["_target_"])  # an option may also set keys beside its group's
     assert isinstance(target, type)
+    if getattr(target, "endless", False):
+        return False
     return not issubclass(target, Procedure) and issubclass(target, pl.LightningModule) == (config_name == "train")
 
 

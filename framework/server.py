@@ -114,6 +114,8 @@ def make_app(hub: Hub, run: Run, name: str, defaults: SamplingParams, key: str |
     @app.post("/v1/completions", dependencies=guarded)
     async def complete(asked: CompletionForm) -> Any:
         params = checked(asked)
+        if not asked.prompts():
+            raise HTTPException(400, "prompt: empty; give a text, token ids, or a list of either")
         start = run.tokenizer.eot_id
         prompts: list[list[int]] = [[start, *run.tokenizer.encode(one)] if isinstance(one, str) else one for one in asked.prompts()]
         scores = await asyncio.to_thread(scored, hub.engine, prompts) if asked.prompt_logprobs is not None else None

@@ -20,6 +20,7 @@ from components.contracts import (
     Completion,
     Decoding,
     Model,
+    OnPiece,
     Prompt,
     Request,
     Result,
@@ -140,7 +141,7 @@ class NativeEngine:
                 yield text[shown:]
                 shown = len(text)
 
-    async def stream(self, requests: AsyncIterable[Request], *, concurrency: int) -> AsyncIterator[Result]:
+    async def stream(self, requests: AsyncIterable[Request], *, concurrency: int, on_piece: OnPiece | None = None) -> AsyncIterator[Result]:
         """Results as they are finished. Requests arrive while others are decoded, at most `concurrency` at a time are unanswered.
 
         The model works in a thread of its own, so that the event loop goes on. A request that cannot be answered has an error and ends
@@ -166,7 +167,7 @@ class NativeEngine:
                             continue
                         job = _Job(request)
                         try:
-                            job.begin(self, batcher)
+                            job.begin(self, batcher, spoken=on_piece is not None)
                             jobs.update(dict.fromkeys(job.rows, job))
                         except (UserError, ValueError) as error:
                             free.release()
@@ -184,7 +185,12 @@ class NativeEngine:
                             yield job.result(self, f"{type(error).__name__}: {error}")
                         continue
                     for row in said:
-                        if row.finish_reason is not None and (job := jobs.pop(row)).finished:
+                        if on_piece is not None:
+                            jobs[row].speak(row, on_piece)
+                        if row.finish_reason is None:
+                            continue
+                        job = jobs.pop(row)
+                        if not any(other in jobs for other in job.rows):  # several rows may finish in one round
                             free.release()
                             yield job.result(self)
             finally:
@@ -350,18 +356,26 @@ class _Job:
         self.request, self.arrived = request, time.perf_counter()
         self.rows: list[Row] = []
         self.reading: Reading | None = None
+        self.shown: dict[Row, int] = {}  # characters that were told
 
-    def begin(self, engine: NativeEngine, batcher: Batcher) -> None:
-        """Let its rows wait for their turn. Raises what `generate` raises."""
+    def begin(self, engine: NativeEngine, batcher: Batcher, spoken: bool) -> None:
+        """Let its rows wait for their turn. spoken: `speak` will be called. Raises what `generate` raises."""
         request = self.request
         if request.n < 1:
             raise UserError(f"n: {request.n}; at least 1 is allowed")
         rows = [engine._row(request.prompt, request.params, draw, "prompt") for draw in range(request.n)]
+        for row in rows:
+            row.spoken = spoken
         self.reading, self.rows = batcher.add(rows[0].ids, rows), rows
 
-    @property
-    def finished(self) -> bool:
-        return all(row.finish_reason is not None for row in self.rows)
+    def speak(self, row: Row, on_piece: OnPiece) -> None:
+        """Tell what a row has written since the last time."""
+        if row.finish_reason is not None and row.text is not None:
+            row.text.flush()
+        text, shown = row.text_so_far, self.shown.get(row, 0)
+        if len(text) > shown:
+            on_piece(self.request.id, self.rows.index(row), text[shown:])
+            self.shown[row] = len(text)
 
     def result(self, engine: NativeEngine, error: str | None = None) -> Result:
         """What became of it."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import socket
 import sys
@@ -22,6 +23,8 @@ class Serve:
 
     Raises: UserError for a port that is taken or no port, and where fastapi and uvicorn are not installed.
     """
+
+    endless = True
 
     def __init__(self, host: str, port: int, name: str | None, concurrency: int, api_key_variable: str) -> None:
         if not 0 <= port < 2**16:
@@ -47,7 +50,8 @@ class Serve:
             open_to = "everybody who reaches it" if self.key is None else "callers with the key"
             print(f"serving {name} at http://{host}:{port}/v1, open to {open_to}; Ctrl-C ends it", file=sys.stderr, flush=True)
             print(f"try: python generate.py engine=openai engine.base_url=http://{host}:{port}/v1 prompt=Once", file=sys.stderr, flush=True)
-            uvicorn.Server(uvicorn.Config(app, log_level="warning", timeout_graceful_shutdown=5)).run(sockets=[listening])
+            with contextlib.suppress(KeyboardInterrupt):  # uvicorn raises it again when it has shut down; here it is the normal end
+                uvicorn.Server(uvicorn.Config(app, log_level="warning", timeout_graceful_shutdown=5)).run(sockets=[listening])
         seconds = time.monotonic() - began
         print(f"{hub.answered} requests answered in {seconds:.0f} s", file=sys.stderr)
         return {"requests": float(hub.answered), "seconds": seconds}

@@ -46,7 +46,8 @@ def test_the_row_holds_ratios_and_bytes_without_peft_too(results, capsys, monkey
     assert "PEFT LoRA: not measured: not installed (peft)" in capsys.readouterr().out
     row = json.loads((results / "adapters.jsonl").read_text())
     seconds = {name: side["seconds"]["median"] for name, side in row["sides"].items()}
-    assert row["ratios"] == {f"{adapters.MTL_8} / {adapters.MTL_1}": pytest.approx(seconds[adapters.MTL_8] / seconds[adapters.MTL_1])}
+    several = (adapters.MTL_8, adapters.MTL_TOKENS)
+    assert row["ratios"] == {f"{side} / {adapters.MTL_1}": pytest.approx(seconds[side] / seconds[adapters.MTL_1]) for side in several}
     assert row["absent"].keys() == {adapters.PEFT} and row["difference"] is None
     # phi4mini test: two layers of qkv 48 -> 64 + 2 * 32, o 64 -> 48, gate_up 48 -> 2 * 128, down 128 -> 48, by hand at r = 4
     weights = [(48, 128), (64, 48), (48, 256), (128, 48)]

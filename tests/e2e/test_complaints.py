@@ -195,7 +195,7 @@ def test_complaint_10_it_falls_back_in_silence(tmp_path, monkeypatch, caplog):
     monkeypatch.setattr(dispatch, "_picked", {})
     caplog.set_level(logging.INFO, logger="kernels.dispatch")
     caplog.clear()
-    dispatch.pick("rms_norm", "cpu")
-    assert [record.getMessage() for record in caplog.records] == ["kernels.rms_norm on cpu: eager"]
+    dispatch.pick("swiglu", "cpu")
+    assert [record.getMessage() for record in caplog.records] == ["kernels.swiglu on cpu: eager"]
     with pytest.raises(UserError, match="no such file"):  # text that is not there is not replaced by the default data
         train(config(tmp_path, "data.path=nowhere.txt"), tmp_path / "run")

@@ -1,8 +1,11 @@
 """A small run, and each engine over it."""
 
 import os
+import re
+import signal
 import socket
 import subprocess
+import sys
 import time
 from contextlib import contextmanager
 from pathlib import Path
@@ -26,7 +29,7 @@ PLAIN = {"n", "seed", "logprobs", "token_ids", "score", "top_k", "min_p", "repet
 SERVED = PLAIN | {
     "alternatives", "pieces", "ids", "choice", "regex", "logit_bias",
 }  # fmt: skip
-ABLE = {"native": None, "transformers": PLAIN, "vllm": SERVED, "openai_serve": {"pieces"}}
+ABLE = {"native": None, "transformers": PLAIN, "vllm": SERVED, "ours_served": SERVED - {"logit_bias"}, "openai_serve": {"pieces"}}
 
 
 def make_run(folder):
@@ -59,6 +62,10 @@ def opened(kind, home):
         "transformers": ["engine=transformers"],
         "vllm": ["engine=vllm", f"engine.python={VLLM}", "engine.arguments.max_num_seqs=16", "engine.arguments.enforce_eager=true"],
     }
+    if kind == "ours_served":
+        with served(run) as url:
+            yield build_engine(node(["engine=openai", f"engine.base_url={url}"]), run, home / "cache")
+        return
     if kind == "openai_serve":
         with served_by_transformers(run, home) as (url, name):
             yield build_engine(node(["engine=openai", f"engine.base_url={url}", f"engine.name='{name}'"]), run, home / "cache")
@@ -69,6 +76,27 @@ def opened(kind, home):
         yield engine
     finally:
         engine.close()
+
+
+@contextmanager
+def served(run, *words, key=None):
+    """Our own server over the run, as a process of its own; yields its URL, and ends it as Ctrl-C does."""
+    places = [f"ckpt={run.path}", "task.port=0", f"hydra.run.dir={run.path.parent / 'served'}"]
+    environment = {**os.environ, **({"PATCHBAY_API_KEY": key} if key else {})}
+    command = [sys.executable, ROOT / "generate.py", "task=serve", *places, *words]
+    process = subprocess.Popen(command, stderr=subprocess.PIPE, text=True, env=environment)
+    try:
+        said = []
+        for line in process.stderr:
+            said.append(line)
+            if line.startswith("try:"):
+                break
+        yield re.search(r"at (http\S+/v1)", "".join(said))[1]
+    finally:
+        process.send_signal(signal.SIGINT)
+        rest = process.stderr.read()
+        assert process.wait(60) == 0, rest
+        assert "requests answered in" in rest and "Traceback" not in rest, rest
 
 
 def node(words):

@@ -46,9 +46,9 @@ def need(engine, *capabilities):
         pytest.skip(f"{engine.kind} cannot: {', '.join(missing)}")
 
 
-def streamed(engine, requests, concurrency=4):
+def streamed(engine, requests, concurrency=4, on_piece=None):
     async def collect():
-        return [result async for result in engine.stream(each_of(requests), concurrency=concurrency)]
+        return [result async for result in engine.stream(each_of(requests), concurrency=concurrency, on_piece=on_piece)]
 
     return asyncio.run(collect())
 
@@ -126,10 +126,25 @@ def test_stop_string(engine):
 
 
 def test_n_answers_to_a_request(engine):
-    for result in streamed(engine, [Request(str(i), ids, replace(DRAWN, seed=i), n=3) for i, ids in enumerate(prompts()[:3])]):
+    results = streamed(engine, [Request(str(i), ids, replace(DRAWN, seed=i), n=3) for i, ids in enumerate(prompts()[:3])])
+    assert sorted(result.request_id for result in results) == ["0", "1", "2"]
+    for result in results:
         assert result.error is None and len(result.completions) == 3
         if "seed" in engine.capabilities:
             assert len({one.text for one in result.completions}) == 3
+
+
+def test_pieces_of_a_stream_make_the_texts(engine):
+    said = {}
+
+    def hear(request, index, text):
+        said[request, index] = said.get((request, index), "") + text
+
+    requests = [Request(str(i), ids, replace(DRAWN, seed=i), n=2) for i, ids in enumerate(prompts()[:4])]
+    results = streamed(engine, requests, on_piece=hear)
+    assert {key: text for key, text in said.items() if text} == {
+        (result.request_id, index): one.text for result in results for index, one in enumerate(result.completions) if one.text
+    }
 
 
 def test_stream_gives_each_request_once_and_counts_its_tokens(engine):

@@ -1,0 +1,108 @@
+"""task=serve as a process of its own, spoken to by OpenAI's own client."""
+
+import concurrent.futures
+
+import openai
+import pytest
+from engines import make_run, served
+
+from framework.build import load_run
+
+WHOLE = {"extra_body": {"ignore_eos": True}}  # all tokens that were asked for
+
+
+@pytest.fixture(scope="module")
+def run(tmp_path_factory):
+    return load_run(make_run(tmp_path_factory.mktemp("home") / "run"))
+
+
+@pytest.fixture(scope="module")
+def client(run):
+    with served(run) as url:
+        yield openai.OpenAI(base_url=url, api_key="none", max_retries=0)
+
+
+def test_models(client):
+    (model,) = client.models.list().data
+    assert model.id == "run"
+
+
+def test_a_completion(client):
+    answer = client.completions.create(
+        model="run", prompt="Once", max_tokens=12, n=3, seed=5, logprobs=2, temperature=1.0, top_p=1.0, **WHOLE
+    )
+    assert [choice.index for choice in answer.choices] == [0, 1, 2] and len({choice.text for choice in answer.choices}) == 3
+    assert answer.usage.prompt_tokens == 5 and answer.usage.completion_tokens == 36
+    assert all(len(choice.logprobs.token_logprobs) == 12 and len(choice.logprobs.top_logprobs[0]) == 2 for choice in answer.choices)
+    again = client.completions.create(model="run", prompt="Once", max_tokens=12, n=3, seed=5, temperature=1.0, top_p=1.0, **WHOLE)
+    assert [choice.text for choice in again.choices] == [choice.text for choice in answer.choices] and again.choices[0].logprobs is None
+
+
+def test_several_prompts(client):
+    one = client.completions.create(model="run", prompt="Once", max_tokens=8, temperature=0)
+    two = client.completions.create(model="run", prompt=["Twice", "Once"], max_tokens=8, temperature=0)
+    assert two.choices[1].text == one.choices[0].text != two.choices[0].text
+
+
+def test_streamed_pieces_are_the_text(client):
+    asked = {"model": "run", "prompt": "Once", "max_tokens": 40, "seed": 1, "n": 2, "temperature": 1.0, **WHOLE}
+    whole = client.completions.create(**asked)
+    texts, ends, counted, events = ["", ""], {}, None, 0
+    for event in client.completions.create(**asked, stream=True, stream_options={"include_usage": True}):
+        counted = event.usage or counted
+        for choice in event.choices:
+            events += 1
+            texts[choice.index] += choice.text
+            if choice.finish_reason:
+                ends[choice.index] = choice.finish_reason
+    assert texts == [choice.text for choice in whole.choices] and ends == {0: "length", 1: "length"}
+    assert counted.completion_tokens == 80 and events > 20
+
+
+def test_a_stop_string_and_a_constraint(client):
+    asked = {"model": "run", "prompt": "Once", "max_tokens": 30, "temperature": 0}
+    answer = client.completions.create(**asked, extra_body={"structured_outputs": {"regex": "[0-9]{3}"}})
+    assert answer.choices[0].text.isdigit() and answer.choices[0].finish_reason == "stop"
+    plain = client.completions.create(**asked).choices[0].text
+    cut = client.completions.create(**asked, stop=plain[5])
+    assert cut.choices[0].text == plain[: plain.index(plain[5])]
+
+
+def test_many_callers_at_once(client):
+    def ask(seed):
+        return client.completions.create(model="run", prompt=f"No. {seed % 4}", max_tokens=10, seed=seed, temperature=1.0).choices[0].text
+
+    with concurrent.futures.ThreadPoolExecutor(16) as callers:
+        together = list(callers.map(ask, range(48)))
+    assert together[::12] == [ask(seed) for seed in range(0, 48, 12)]
+
+
+@pytest.mark.parametrize(
+    ("change", "status", "told"),
+    [
+        ({"model": "other"}, 404, "model: 'other' is not here; 'run' is"),
+        ({"temperature": -1.0}, 400, "temperature: -1.0; a finite number >= 0"),
+        ({"max_tokens": 0}, 400, "max_new_tokens: 0"),
+        ({"frequency_penalty": 0.5}, 400, "frequency_penalty"),
+        ({"extra_body": {"best": 3}}, 400, "best: Extra inputs are not permitted"),
+        ({"prompt": []}, 400, "prompt"),
+        ({"prompt": [10**6]}, 400, "holds id 1000000"),
+        ({"extra_body": {"structured_outputs": {"regex": "("}}}, 400, "regex"),
+    ],
+)
+def test_what_is_refused(client, change, status, told):
+    with pytest.raises(openai.APIStatusError) as caught:
+        client.completions.create(**{"model": "run", "prompt": "x", "max_tokens": 4, **change})
+    assert caught.value.status_code == status and told in caught.value.body["message"]
+
+
+def test_conversations_need_a_run_that_was_trained_on_them(client):
+    with pytest.raises(openai.BadRequestError, match="need a run that was trained on conversations"):
+        client.chat.completions.create(model="run", messages=[{"role": "user", "content": "Hi"}])
+
+
+def test_a_key(run):
+    with served(run, key="secret") as url:
+        with pytest.raises(openai.AuthenticationError, match="the key is missing or wrong"):
+            openai.OpenAI(base_url=url, api_key="guess", max_retries=0).models.list()
+        assert openai.OpenAI(base_url=url, api_key="secret", max_retries=0).models.list().data

@@ -1,0 +1,193 @@
+"""The final files: rows in input order as parquet, the same bytes however often the job was killed.
+
+Memory: 8 bytes a row for where it stands, and one row group. Columns and types follow from the rows alone, row groups and files from their
+number and sizes.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+from collections.abc import Iterator
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, BinaryIO
+
+import numpy as np
+
+from components.errors import UserError
+from components.store.files import as_json, replace_file, sync_folder
+from components.store.ids import DoneSet
+from components.store.shards import ROW_AT, identity_of, index_of, scan, shards_in
+
+if TYPE_CHECKING:
+    import pyarrow
+
+FINAL = "final"
+GROUP_ROWS, GROUP_BYTES = 16384, 32 << 20  # a row group ends at either; bytes are those of the rows as JSON
+FILE_BYTES = 1 << 30  # a file ends after the row group that reaches it
+OPEN_FILES = 32  # shards read at once: rows of neighbouring requests lie in a few
+OFFSET_BITS = 40  # a position is shard << 40 | offset
+NULL, BOOL, INT, FLOAT, TEXT, OTHER = 0, 1, 2, 4, 8, 16
+KINDS: dict[type, int] = {type(None): NULL, bool: BOOL, int: INT, float: FLOAT, str: TEXT, dict: OTHER, list: OTHER}
+
+
+class Columns:
+    """Which columns the rows have, and of what JSON kinds. Rows may be shown in any order."""
+
+    def __init__(self) -> None:
+        self.kinds: dict[str, int] = {}
+        self._first: dict[str, tuple[int, int]] = {}  # (index of the first row that has it, place there)
+
+    def add(self, index: int, row: dict[str, Any]) -> None:
+        for place, (name, value) in enumerate(row.items()):
+            kind = KINDS[type(value)]
+            if kind == INT and not -(2**63) <= value < 2**63:
+                kind = OTHER
+            self.kinds[name] = self.kinds.get(name, NULL) | kind
+            if name not in self._first or index < self._first[name][0]:
+                self._first[name] = (index, place)
+
+    def names(self) -> list[str]:
+        """In the order in which the rows of the input bring them up."""
+        return sorted(self._first, key=self._first.__getitem__)
+
+    def schema(self) -> pyarrow.Schema:
+        """Numbers, booleans and text as such; all else, mixtures among it, as JSON text, marked {'encoding': 'json'}."""
+        import pyarrow as pa
+
+        types = {NULL: pa.string(), BOOL: pa.bool_(), INT: pa.int64(), FLOAT: pa.float64(), INT | FLOAT: pa.float64(), TEXT: pa.string()}
+        fields = [pa.field("request_id", pa.string(), nullable=False), pa.field("index", pa.int64(), nullable=False)]
+        for name in self.names():
+            type_ = types.get(self.kinds[name])
+            fields.append(pa.field(name, type_) if type_ is not None else pa.field(name, pa.string(), metadata={"encoding": "json"}))
+        return pa.schema(fields)
+
+
+def locate(shards: list[Path], total: int, done: DoneSet) -> tuple[np.ndarray, Columns]:
+    """Where the row of each request stands, (total,) int64, -1 without one; of rows with one id the first counts.
+
+    Raises UserError when rows are damaged, or do not belong to `total` requests.
+    """
+    places, columns = np.full(total, -1, dtype=np.int64), Columns()
+    found = 0
+    for number, path in enumerate(shards):
+        bad: list[tuple[int, int]] = []
+        for offset, line in scan(path, bad):
+            index = index_of(line)
+            if index >= total:
+                raise UserError(f"output: {path} has a row of request {index}, but there are {total}; the requests have changed since")
+            if places[index] < 0:
+                places[index] = number << OFFSET_BITS | offset
+                columns.add(index, json.loads(line[ROW_AT:-2]))
+                found += 1
+            elif identity_of(read_at(shards, int(places[index]))) != identity_of(line):
+                raise UserError(
+                    f"output: {path} has another row of request {index}; the requests have changed or moved since they were asked"
+                )
+        if bad:
+            raise UserError(f"output: {path} has become damaged at byte {bad[0][0]}; start the same command again with repair=true")
+    if found != len(done):
+        raise UserError(f"output: {len(done)} rows but {found} requests; the requests have changed or moved since they were asked")
+    return places, columns
+
+
+def read_at(shards: list[Path], place: int) -> bytes:
+    """The line at a position."""
+    with shards[place >> OFFSET_BITS].open("rb") as file:
+        file.seek(place & ((1 << OFFSET_BITS) - 1))
+        return file.readline()
+
+
+def groups(shards: list[Path], places: np.ndarray) -> Iterator[tuple[list[bytes], int]]:
+    """(lines, bytes of their rows) of each row group, in input order."""
+    files: dict[int, BinaryIO] = {}
+    lines: list[bytes] = []
+    size = 0
+    try:
+        for place in map(int, places[places >= 0]):
+            number = place >> OFFSET_BITS
+            if number not in files:
+                if len(files) == OPEN_FILES:
+                    files.pop(next(iter(files))).close()
+                files[number] = shards[number].open("rb")
+            files[number].seek(place & ((1 << OFFSET_BITS) - 1))
+            lines.append(files[number].readline())
+            size += len(lines[-1])
+            if len(lines) == GROUP_ROWS or size >= GROUP_BYTES:
+                yield lines, size
+                lines, size = [], 0
+        if lines:
+            yield lines, size
+    finally:
+        for file in files.values():
+            file.close()
+
+
+def table_of(lines: list[bytes], schema: pyarrow.Schema) -> pyarrow.Table:
+    """One row group."""
+    import pyarrow as pa
+
+    rows = [json.loads(line[ROW_AT:-2]) for line in lines]
+    arrays = [
+        pa.array([identity_of(line).decode() for line in lines], pa.string()),
+        pa.array([index_of(line) for line in lines], pa.int64()),
+    ]
+    for field in list(schema)[2:]:
+        values = [row.get(field.name) for row in rows]
+        if field.metadata:
+            values = [None if value is None else json.dumps(value, ensure_ascii=False, separators=(",", ":")) for value in values]
+        elif field.type == pa.float64():
+            values = [None if value is None else float(value) for value in values]
+        arrays.append(pa.array(values, field.type))
+    return pa.Table.from_arrays(arrays, schema=schema)
+
+
+def write_parquet(folder: Path, shards: list[Path], places: np.ndarray, schema: pyarrow.Schema) -> None:
+    """data-00000.parquet and more, as large as FILE_BYTES of JSON each. Raises OSError."""
+    import pyarrow.parquet as pq
+
+    writer, written, number = None, 0, 0
+    try:
+        for lines, size in groups(shards, places):
+            if writer is None:
+                writer = pq.ParquetWriter(folder / f"data-{number:05d}.parquet", schema, compression="zstd", version="2.6")
+            writer.write_table(table_of(lines, schema), row_group_size=GROUP_ROWS)
+            written += size
+            if written >= FILE_BYTES:
+                writer.close()
+                writer, written, number = None, 0, number + 1
+        if writer is None and number == 0:
+            writer = pq.ParquetWriter(folder / "data-00000.parquet", schema, compression="zstd", version="2.6")
+    finally:
+        if writer is not None:
+            writer.close()
+
+
+def write_final(folder: Path, total: int, done: DoneSet, missing: str) -> Path:
+    """See Store.finish. `final/` appears as a whole. Raises UserError; OSError."""
+    if missing not in ("refuse", "skip"):
+        raise UserError(f"output.missing: {missing!r} is not one of refuse, skip")
+    success = as_json({"rows": len(done), "ids_sha256": done.sha256()})
+    final, partial = folder / FINAL, folder / f"{FINAL}.partial"
+    if (final / "_SUCCESS").is_file() and (final / "_SUCCESS").read_bytes() == success and (len(done) == total or missing == "skip"):
+        return final
+    shards = shards_in(folder)
+    places, columns = locate(shards, total, done)
+    absent = np.flatnonzero(places < 0)
+    if len(absent) and missing == "refuse":
+        raise UserError(
+            f"output: {len(absent):,} of {total:,} requests have no row yet, the first is number {absent[0]} from 0; start the "
+            f"same command again, see {folder / 'errors.jsonl'}, or set missing=skip to leave them out"
+        )
+    shutil.rmtree(partial, ignore_errors=True)
+    partial.mkdir()
+    write_parquet(partial, shards, places, columns.schema())
+    for path in partial.iterdir():
+        with path.open("rb") as file:
+            os.fsync(file.fileno())
+    replace_file(partial / "_SUCCESS", success)
+    shutil.rmtree(final, ignore_errors=True)
+    os.replace(partial, final)
+    sync_folder(folder)
+    return final

@@ -1,0 +1,226 @@
+"""Large generation jobs: requests that a store lacks go to an engine, answers to the store, whatever stops the process in between."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import math
+import os
+import signal
+import threading
+import time
+from collections.abc import AsyncIterator, Callable, Iterable, Mapping, Sized
+from dataclasses import dataclass
+from types import FrameType
+from typing import Any
+
+from rich.console import Console
+
+from components.contracts import Diagnostics, Engine, Request, Result, UserError
+from components.store import Meter, Store
+from framework.runtime import Interrupted, StopSignals
+
+TICK_SECONDS = 0.1  # how often signals, the clock of the store and the record are looked at
+SKIPPED = 1000  # finished requests passed over before others get their turn
+
+
+class JobSignals(StopSignals):
+    """As its base; says what a job does then. It asks no more, and waits `grace_s` seconds for what it has asked."""
+
+    def __init__(self, grace_s: float) -> None:
+        super().__init__()
+        self.grace_s = grace_s
+
+    def handle(self, number: int, frame: FrameType | None) -> None:
+        """The handler itself."""
+        if self.received is not None:
+            signal.signal(number, signal.SIG_DFL)
+            os.kill(os.getpid(), number)
+        self.received = number
+        name = signal.Signals(number).name
+        os.write(2, f"\n{name}: waiting at most {self.grace_s:g} s for what is asked, then saving (once more: stop at once)\n".encode())
+
+
+@dataclass
+class Job:
+    """The state of `run_job`. in_flight: index and request by id, at most a few more than the window."""
+
+    store: Store
+    meter: Meter
+    signals: JobSignals
+    max_attempts: int
+    row: Callable[[Request, Result], Mapping[str, Any]]
+    in_flight: dict[str, tuple[int, Request]]
+    given_up: int = 0
+
+    async def feed(self, requests: Iterable[tuple[int, Request]]) -> AsyncIterator[Request]:
+        """Requests that are not done and have attempts left, until a signal comes."""
+        for number, (index, request) in enumerate(requests):
+            if self.signals.received is not None:
+                return
+            if number % SKIPPED == 0:
+                await asyncio.sleep(0)
+            if request.id in self.in_flight:
+                twin = self.in_flight[request.id][0]
+                raise UserError(f"prompts: requests {twin} and {index} (from 0) are the same; give each an id of its own (replica=...)")
+            if request.id in self.store:
+                continue
+            if self.store.attempts(request.id) >= self.max_attempts:
+                self.given_up += 1
+                continue
+            self.in_flight[request.id] = (index, request)
+            yield request
+
+    def take(self, result: Result) -> None:
+        """Put an answer into the store, or note why there is none. An answer that nobody waits for is counted and left."""
+        index, request = self.in_flight.pop(result.request_id, (-1, None))
+        if request is None:
+            self.meter.errors["unasked"] += 1
+            return
+        error = why_unusable(request, result)
+        if error is not None:
+            self.fail(request.id, index, error)
+            return
+        self.store.append(request.id, index, self.row(request, result))
+        self.meter.answered(result.usage.prompt, result.usage.completion, result.latency.get("total"))
+
+    def fail(self, identity: str, index: int, error: str) -> None:
+        self.meter.errors[error.split(":")[0]] += 1
+        self.store.error(identity, index, error, self.store.attempts(identity) + 1)
+
+    def record(self, engine: Engine) -> dict[str, Any]:
+        """The record of now."""
+        self.meter.in_flight = len(self.in_flight)
+        if isinstance(engine, Diagnostics):
+            self.meter.retries = int(engine.diagnostics().get("retries", 0))
+        return {**self.meter.record(), "given_up": self.given_up, "failed": self.store.failed}
+
+
+def why_unusable(request: Request, result: Result) -> str | None:
+    """'kind: message' when a result is no answer to the request, else None."""
+    if result.error is not None:
+        return result.error
+    if len(result.completions) != request.n:
+        return f"wrong_n: {len(result.completions)} completions instead of {request.n}"
+    bad = [one for one in result.completions if one.finish_reason in ("error", "abort")]
+    return f"{bad[0].finish_reason}: {bad[0].stop_reason}" if bad else None
+
+
+def answer_row(request: Request, result: Result) -> dict[str, Any]:
+    """A row that depends on the request and its answer alone, not on when or how it came: prompt, text, finish_reason, tokens, logprob.
+
+    With n = 1 plain values, otherwise text, finish_reason, token_ids and logprob are lists of n.
+    """
+    found: dict[str, list[Any]] = {
+        "text": [one.text for one in result.completions],
+        "finish_reason": [one.finish_reason for one in result.completions],
+        "token_ids": [one.token_ids for one in result.completions],
+        "logprob": [sum(one.logprobs) if one.logprobs else None for one in result.completions],
+    }
+    values = {name: each[0] if request.n == 1 else each for name, each in found.items()}
+    tokens = {"prompt_tokens": result.usage.prompt, "completion_tokens": result.usage.completion}
+    return {"prompt": request.prompt, **values, **tokens}
+
+
+def run_job(
+    requests: Iterable[tuple[int, Request]],
+    engine: Engine,
+    store: Store,
+    *,
+    concurrency: int,
+    max_attempts: int,
+    grace_s: float,
+    progress_s: float,
+    row: Callable[[Request, Result], Mapping[str, Any]] = answer_row,
+    report: Callable[[dict[str, Any]], None] | None = None,
+    total: int | None = None,
+) -> dict[str, Any]:
+    """Ask the engine everything that the store lacks; returns the last record of progress.json (see Meter.record).
+
+    requests: (index, request) in input order, read as there is room; ids are those of `request_id`. concurrency: requests on their way at
+    once. max_attempts: failures of a request over all runs, after which it is given up. grace_s: seconds that a signal leaves for what is
+    asked already. progress_s: seconds between records, which `report` gets too. row: what is stored of an answer; it must not depend on
+    time, or a killed job ends in other bytes. total: requests, where `requests` has no length.
+
+    Raises:
+        UserError: the engine gave up, or answers cannot be saved.
+        Interrupted: SIGINT or SIGTERM; what was answered is saved.
+    """
+    if total is None and isinstance(requests, Sized):
+        total = len(requests)
+    job = Job(store, Meter(total, len(store)), JobSignals(grace_s), max_attempts, row, {})
+    with job.signals.guarded(), Shown(job, engine, progress_s, report) as shown:
+        if threading.current_thread() is threading.main_thread():
+            job.signals.install()
+        try:
+            asyncio.run(drive(job, requests, engine, concurrency, shown))
+        finally:
+            if not store.broken:
+                store.commit()
+        record = shown.write()
+    if job.signals.received is not None:
+        of = "" if total is None else f" of {total:,}"
+        raise Interrupted(job.signals.received, f"stopped; {len(store):,}{of} answers are in {store.folder}; go on with the same command")
+    return record
+
+
+async def drive(job: Job, requests: Iterable[tuple[int, Request]], engine: Engine, concurrency: int, shown: Shown) -> None:
+    """Pump results into the store until there are no more, or a signal came and its grace is over."""
+
+    async def pump() -> None:
+        async for result in engine.stream(job.feed(requests), concurrency=concurrency):
+            job.take(result)
+
+    task, deadline = asyncio.create_task(pump()), math.inf
+    while not task.done():
+        await asyncio.wait({task}, timeout=TICK_SECONDS)
+        if task.done():
+            break
+        job.store.tick()
+        shown.tick()
+        if job.signals.received is not None:
+            deadline = min(deadline, time.monotonic() + job.signals.grace_s)
+            if time.monotonic() >= deadline or not job.in_flight:
+                task.cancel()
+                break
+    with contextlib.suppress(asyncio.CancelledError):
+        await task
+    if job.signals.received is None:
+        for identity, (index, _) in job.in_flight.items():
+            job.fail(identity, index, "unanswered: the engine ended without a word on this request")
+        job.in_flight.clear()
+
+
+class Shown:
+    """What a job says of itself: a bar on a terminal, and every `seconds` progress.json and `report`."""
+
+    def __init__(self, job: Job, engine: Engine, seconds: float, report: Callable[[dict[str, Any]], None] | None) -> None:
+        self.job, self.engine, self.seconds, self.report = job, engine, seconds, report
+        self._next = time.monotonic()
+
+    def __enter__(self) -> Shown:
+        from framework.generate import progress_bar  # generate.py may hold tasks that run jobs
+
+        self._bar = progress_bar(Console(stderr=True, highlight=False))
+        self._bar.start()
+        self._task = self._bar.add_task("answers", total=self.job.meter.total, completed=self.job.meter.before, rate="")
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        self._bar.stop()
+
+    def tick(self) -> None:
+        """Move the bar, and write when it is time."""
+        self._bar.update(self._task, completed=self.job.meter.before + self.job.meter.rows)
+        if time.monotonic() >= self._next:
+            self._next = time.monotonic() + self.seconds
+            self.write()
+
+    def write(self) -> dict[str, Any]:
+        """Make the record and hand it to progress.json, the bar and `report`. Raises UserError."""
+        record = self.job.record(self.engine)
+        self.job.store.progress(record)
+        self._bar.update(self._task, rate=f"{record['rows_per_second']:.1f} a second, {sum(record['errors'].values())} errors")
+        if self.report is not None:
+            self.report(record)
+        return record

@@ -1,0 +1,123 @@
+"""Option task=batch: a file of prompts into a folder of answers, whatever happens to the process in between."""
+
+from __future__ import annotations
+
+import dataclasses
+import sys
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any, Literal
+
+from omegaconf import OmegaConf
+
+from components.contracts import Request, Result, UserError
+from components.decoding.rounds import seed_of
+from components.store import Store, request_id
+from framework.engines.building import digest
+from framework.generate import Context, measures, renderer, tokens_of
+from framework.jobs import answer_row, run_job
+from framework.prompts import Request as Asked
+from framework.prompts import parse_request
+
+
+class Batch:
+    """Answers a JSONL file of prompts into a folder; the same command goes on where a killed one was, and asks nothing twice that it kept.
+
+    Every request has its own seed, from the run's seed and its name, so that the final files are the same bytes however often the command
+    was stopped, as far as the engine itself repeats.
+
+    Args:
+        prompts: file; output: folder; n: answers to every prompt.
+        concurrency, max_attempts, grace_s, progress_s: see `run_job`.
+        missing, on_change, repair, fsync_rows, fsync_seconds, shard_bytes: see `Store`.
+
+    Raises: UserError for no file or folder, and values that are not allowed.
+    """
+
+    def __init__(
+        self, prompts: str | None, output: str | None, n: int, concurrency: int, max_attempts: int, missing: Literal["refuse", "skip"],
+        on_change: Literal["refuse", "new"], repair: bool, grace_s: float, progress_s: float, fsync_rows: int, fsync_seconds: float,
+        shard_bytes: int,
+    ) -> None:  # fmt: skip
+        if prompts is None or output is None:
+            raise UserError("task: batch needs prompts=FILE.jsonl and output=DIR, a folder that the same command finds again")
+        for key, value in (("n", n), ("task.concurrency", concurrency), ("task.max_attempts", max_attempts)):
+            if value < 1:
+                raise UserError(f"{key}: {value}; at least 1 is allowed")
+        if missing not in ("refuse", "skip"):
+            raise UserError(f"task.missing: {missing!r}; refuse or skip is allowed")
+        self.prompts, self.output, self.n, self.missing = Path(prompts), Path(output), n, missing
+        self._asked: dict[str, Asked] = {}  # those on their way, and those that failed
+        self.job: dict[str, Any] = {
+            "concurrency": concurrency, "max_attempts": max_attempts, "grace_s": grace_s, "progress_s": progress_s,
+        }  # fmt: skip
+        self.keeping: dict[str, Any] = {
+            "on_change": on_change, "repair": repair, "fsync_rows": fsync_rows, "fsync_seconds": fsync_seconds, "shard_bytes": shard_bytes,
+        }  # fmt: skip
+
+    def run(self, context: Context) -> dict[str, float]:
+        """Answer what is missing, then write final/; returns counts and speed."""
+        total = sum(1 for _ in self._lines())  # also: can all of it be read?
+        began = time.monotonic()
+        with Store.open(self.output, space=self._space(context), **self.keeping) as store:
+            for line in store.mended:
+                say(f"{self.output}: {line}")
+            before = len(store)
+            if before:
+                say(f"{before:,} of {total:,} answers are in {self.output} already")
+            tokens = tokens_of(context.engine)
+            run_job(self._requests(context), context.engine, store, row=self._row, total=total, **self.job)
+            lost = total - len(store)
+            if lost:
+                say(f"{lost:,} requests have no answer; why is in {self.output / 'errors.jsonl'}")
+            final = store.finish(total, self.missing)
+            answered = len(store) - before
+        say(f'{total - lost:,} answers in {final}. Next: datasets.load_dataset("parquet", data_dir={str(final)!r}, split="train")')
+        return {**measures(tokens_of(context.engine) - tokens, time.monotonic() - began, answered), "errors": float(lost)}
+
+    def _space(self, context: Context) -> dict[str, Any]:
+        """Everything that decides the answers but the prompts."""
+        run, params = context.source, dataclasses.asdict(context.params)
+        found: dict[str, Any] = {"engine": context.engine.model_id, "sampling": params, "n": self.n, "task": context.task}
+        if run is not None:
+            data = OmegaConf.to_container(run.cfg.data, resolve=True)
+            template = {key: data[key] for key in ("_target_", "template") if isinstance(data, dict) and key in data}
+            found |= {"weights": digest(run), "data": template}
+        return found
+
+    def _lines(self) -> Iterator[tuple[str, str]]:
+        """(line, file and number) of each prompt. Raises UserError for a file that is not there, not UTF-8, or empty."""
+        some = False
+        try:
+            with self.prompts.open(encoding="utf-8-sig") as file:
+                for number, line in enumerate(file, start=1):
+                    if line.strip():
+                        some = True
+                        yield line, f"{self.prompts}: line {number}"
+        except UnicodeDecodeError as error:
+            raise UserError(f"{self.prompts}: is not UTF-8 ({error.reason}); save the file as UTF-8") from error
+        except OSError as error:
+            raise UserError(f"prompts: {str(self.prompts)!r} cannot be read ({error.strerror or error}); give a JSONL file") from error
+        if not some:
+            raise UserError(f'{self.prompts}: empty; give one JSON object a line, such as {{"prompt": "Once"}}')
+
+    def _requests(self, context: Context) -> Iterator[tuple[int, Request]]:
+        """The requests in the order of the file. One's name is what is asked and its own id, or its place where it has none."""
+        render = renderer(context)
+        for index, (line, where) in enumerate(self._lines()):
+            asked = parse_request(line, where, index)
+            name = request_id(prompt=asked.given, id=asked.id)
+            params = dataclasses.replace(context.params, seed=seed_of(context.params.seed, name, "batch"))
+            self._asked[name] = asked
+            yield index, Request(name, render(asked.given, where=where), params, self.n)
+
+    def _row(self, request: Request, result: Result) -> dict[str, Any]:
+        """What is kept of an answer: the prompt as it was given, under the file's own id, in the place of its token ids."""
+        asked = self._asked.pop(request.id)
+        return {"id": str(asked.id), **answer_row(request, result), "prompt": asked.given}
+
+
+def say(line: str) -> None:
+    """For the reader, on stderr."""
+    print(line, file=sys.stderr, flush=True)

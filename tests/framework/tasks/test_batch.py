@@ -1,0 +1,118 @@
+"""task=batch over the native engine: answers in a folder, in the order of the prompts, the same however often it was stopped."""
+
+from __future__ import annotations
+
+import json
+import random
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pyarrow.parquet as pq
+import pytest
+
+import generate as entry_point
+from tests.framework.test_generate import make_run
+
+ROOT = Path(__file__).resolve().parents[3]
+
+
+@pytest.fixture(scope="module")
+def home(tmp_path_factory):
+    home = tmp_path_factory.mktemp("home")
+    make_run(home / "run", "model=phi4mini", "data=text", f"data.path={__file__}", "data.tokenizer.kind=bytes")
+    rows = [{"prompt": f"No. {i}", **({"id": f"own {i}"} if i % 2 else {})} for i in range(60)]
+    (home / "prompts.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    return home
+
+
+def words(home, out, *more, tokens=12):
+    return [f"ckpt={home / 'run'}", "task=batch", f"prompts={home / 'prompts.jsonl'}", f"output={out}", f"max_new_tokens={tokens}",
+            f"hydra.run.dir={out}.hydra", f"paths.cache_dir={home / 'cache'}", "engine.max_batch=8", *more]  # fmt: skip
+
+
+@pytest.fixture
+def call(home, capfd):
+    def run_it(out, *more):
+        code = entry_point.main(words(home, out, *more))
+        return code, capfd.readouterr().err
+
+    return run_it
+
+
+def final(folder):
+    files = sorted((folder / "final").iterdir())
+    return {file.name: file.read_bytes() for file in files}
+
+
+def test_answers_in_the_order_of_the_file_and_once(home, call, tmp_path):
+    code, err = call(tmp_path / "out", "n=2")
+    assert code == 0 and "60 answers in" in err and "load_dataset" in err, err
+    rows = pq.read_table(tmp_path / "out" / "final").to_pylist()
+    assert [row["id"] for row in rows] == [f"own {i}" if i % 2 else str(i) for i in range(60)]
+    assert [row["prompt"] for row in rows] == [f"No. {i}" for i in range(60)] and all(len(json.loads(row["text"])) == 2 for row in rows)
+    assert len({json.loads(row["text"])[0] for row in rows}) > 50  # seeds of their own
+    before = final(tmp_path / "out")
+    code, err = call(tmp_path / "out", "n=2")
+    assert code == 0 and "60 of 60 answers are in" in err and final(tmp_path / "out") == before
+    assert json.loads(Path(f"{tmp_path / 'out'}.hydra/metrics.json").read_text())["answers"] == 0
+
+
+def test_other_settings_do_not_mix(home, call, tmp_path):
+    assert call(tmp_path / "out")[0] == 0
+    code, err = call(tmp_path / "out", "decode.temperature=0.3")
+    assert code == 2 and "temperature" in err and err.count("error:") == 1, err
+    assert call(tmp_path / "out", "decode.temperature=0.3", "task.on_change=new")[0] == 0
+
+
+def test_what_cannot_be_answered_is_kept_and_said(home, call, tmp_path):
+    """A prompt that is longer than the engine takes, among others."""
+    code, err = call(tmp_path / "out", "engine.context_length=16", "max_new_tokens=10", "task.max_attempts=1")
+    assert code == 2 and "50 requests have no answer" in err, err
+    errors = [json.loads(line) for line in (tmp_path / "out" / "errors.jsonl").read_text().splitlines()]
+    assert len(errors) == 50 and all("engine.context_length" in one["error"] for one in errors)
+    code, err = call(tmp_path / "out", "engine.context_length=16", "max_new_tokens=10", "task.max_attempts=1", "task.missing=skip")
+    assert code == 0 and len(pq.read_table(tmp_path / "out" / "final")) == 10
+
+
+@pytest.mark.parametrize(
+    ("more", "line"),
+    [
+        (["output=null"], "error: task: batch needs prompts=FILE.jsonl and output=DIR"),
+        (["prompts=none.jsonl"], "error: prompts: 'none.jsonl' cannot be read"),
+        (["task.missing=maybe"], "error: task.missing: 'maybe'"),
+        (["n=0"], "error: n: 0; at least 1 is allowed"),
+    ],
+)
+def test_mistakes_are_one_line(home, call, tmp_path, more, line):
+    code, err = call(tmp_path / "out", *more)
+    assert code == 2 and line in err and "Traceback" not in err, err
+    assert not (tmp_path / "out" / "parts").exists()
+
+
+@pytest.mark.slow
+def test_three_kills_of_a_real_process_change_no_byte(home, tmp_path):
+    def start(out):
+        command = [sys.executable, ROOT / "generate.py", *words(home, out, "task.fsync_rows=4", tokens=200)]
+        return subprocess.Popen(command, stderr=subprocess.PIPE, text=True)
+
+    whole = start(tmp_path / "whole")
+    assert whole.wait(300) == 0, whole.stderr.read()
+    source, kills = random.Random(0), 0
+    while kills < 3:
+        process = start(tmp_path / "killed")
+        part = tmp_path / "killed" / "parts" / "part-00000.jsonl"
+        held = part.stat().st_size if part.exists() else 0
+        while process.poll() is None and (not part.exists() or part.stat().st_size <= held):  # until it has saved more
+            time.sleep(0.01)
+        time.sleep(source.uniform(0, 0.2))
+        assert process.poll() is None, "it ended before it was killed: make the answers longer"
+        process.send_signal(signal.SIGKILL)
+        process.wait()
+        kills += 1
+    last = start(tmp_path / "killed")
+    assert last.wait(300) == 0, last.stderr.read()
+    assert "answers are in" in last.stderr.read()
+    assert final(tmp_path / "killed") == final(tmp_path / "whole")

@@ -28,7 +28,7 @@ def cells():
             continue
         for option in group_options(group):
             config = "train" if group in groups_of(TRAIN) else "generate" if group in groups_of(GENERATE) else None
-            if config is not None and not (group == "task" and option in ("answer", "evaluate", "rollouts")):
+            if config is not None and not (group == "task" and option in ("answer", "batch", "evaluate", "rollouts")):
                 yield pytest.param(config, group, option, id=f"{group}={option}")
 
 

@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import json
 import os
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from dataclasses import replace
 from typing import Any, cast
 
 import httpx
@@ -147,7 +148,8 @@ class OpenAIEngine(RequestEngine):
         check_status(answer, self.base_url)
         try:
             content = answer.json()
-            return [completion(choice) for choice in content["choices"]], usage(content.get("usage") or {})
+            found = [cut(completion(choice), request.params.stop) for choice in content["choices"]]
+            return found, usage(content.get("usage") or {})
         except (ValueError, KeyError, TypeError, AttributeError) as error:
             raise EngineError("bad_answer", f"{self.base_url} answered {answer.text[:200]!r}", retryable=True) from error
 
@@ -222,6 +224,15 @@ def completion(choice: dict[str, Any]) -> Completion:
         reason if reason in ("stop", "length") else "abort", choice.get("stop_reason"),
         [by_id(top) for top in tops] if tops and all(by_id(top) for top in tops) else None,
     )  # fmt: skip
+
+
+def cut(found: Completion, stop: Sequence[str]) -> Completion:
+    """The same up to the first stop string, for servers that go past it; its ids and log-probabilities stay what the server said."""
+    ends = [(place, one) for one in stop if (place := found.text.find(one)) >= 0]
+    if not ends:
+        return found
+    place, one = min(ends)
+    return replace(found, text=found.text[:place], finish_reason="stop", stop_reason=one)
 
 
 def by_id(top: dict[str, float] | None) -> dict[int, float]:

@@ -87,6 +87,17 @@ def test_a_server_that_lies_after_it_was_tried_out():
         assert len(result.completions) == 3 and result.error is None
 
 
+def test_a_server_that_goes_past_a_stop_string_is_cut():
+    def deaf(path, body, number):
+        return 200, {"choices": [{"text": "one. two; three", "finish_reason": "length"}], "usage": {}}, {}
+
+    with serving(deaf) as server:
+        params = SamplingParams(max_new_tokens=4, stop=(";", ". "))
+        (result,) = streamed(engine(server), [Request("0", "prompt", params)])
+        (found,) = result.completions
+        assert (found.text, found.finish_reason, found.stop_reason) == ("one", "stop", ". ")
+
+
 def test_fields_that_are_refused_are_never_sent():
     def strict(path, body, number):
         unknown = {"top_k", "min_p", "seed", "logprobs", "return_token_ids", "structured_outputs", "ignore_eos"} & set(body)

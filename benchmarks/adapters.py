@@ -1,6 +1,6 @@
 """What an adapter costs: a training step of phi4mini with adapters on all projections, and the grouped product for many adapters.
 
-`python -m benchmarks.adapters` (about seven minutes on one idle core at size small; `--length 128` takes a quarter of that). One batch of 8 rows;
+`python -m benchmarks.adapters` (seven minutes on one idle core at size small; `--length 128` takes a quarter of that). One batch of 8 rows;
 every side steps its own copy of the same model, forward, backward and AdamW, and takes its turn in every round. Sides: the frozen base,
 whose backward goes through all layers and trains nothing; PEFT's LoRA, and ours, compared with the same A and B in loss and gradients
 before anything is timed; MTL-LoRA with one task, and with eight tasks in one batch, mixed by row

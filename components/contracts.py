@@ -340,7 +340,7 @@ class Request:
 
 @dataclass
 class Usage:
-    """Tokens of a request: read, written, and of those read the ones that an engine had read before."""
+    """Tokens of a request: of its prompt, once for each answer; written; and of the prompts those that were not read anew."""
 
     prompt: int = 0
     completion: int = 0

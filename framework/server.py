@@ -23,6 +23,7 @@ from framework.build import Run
 from framework.generate import run_renderer
 from framework.server_forms import Asked, ChatForm, CompletionForm
 
+MOST_TOKENS = 1 << 20  # of an answer, where the engine knows no end
 Piece = tuple[int, str]  # index of the completion, and its next text
 
 
@@ -84,7 +85,7 @@ def make_app(hub: Hub, run: Run, name: str, defaults: SamplingParams, key: str |
         work.cancel()
 
     def allowed(call: Call) -> None:
-        if key is not None and not secrets.compare_digest(call.headers.get("authorization", ""), f"Bearer {key}"):
+        if key is not None and not secrets.compare_digest(call.headers.get("authorization", "").encode(), f"Bearer {key}".encode()):
             raise HTTPException(401, "the key is missing or wrong; send it as Authorization: Bearer KEY")
 
     app = FastAPI(title="Patchbay", lifespan=life)
@@ -95,6 +96,10 @@ def make_app(hub: Hub, run: Run, name: str, defaults: SamplingParams, key: str |
     def checked(asked: Asked) -> SamplingParams:
         if asked.model not in (None, name):
             raise HTTPException(404, f"model: {asked.model!r} is not here; {name!r} is")
+        if asked.stream and (asked.wants_logprobs or asked.return_token_ids or getattr(asked, "prompt_logprobs", None) is not None):
+            raise HTTPException(400, "stream: log-probabilities and token ids are not streamed; ask for them without stream")
+        if (asked.most_tokens() or 0) > (most := hub.engine.context_length or MOST_TOKENS):
+            raise HTTPException(400, f"max_tokens: {asked.most_tokens()}; at most {most} are allowed here")
         try:
             params = replace(defaults, **asked.given(), constraint=constraint(asked.regex, asked.choice))
             check_params(params)
@@ -117,8 +122,11 @@ def make_app(hub: Hub, run: Run, name: str, defaults: SamplingParams, key: str |
         if not asked.prompts():
             raise HTTPException(400, "prompt: empty; give a text, token ids, or a list of either")
         start = run.tokenizer.eot_id
-        prompts: list[list[int]] = [[start, *run.tokenizer.encode(one)] if isinstance(one, str) else one for one in asked.prompts()]
-        scores = await asyncio.to_thread(scored, hub.engine, prompts) if asked.prompt_logprobs is not None else None
+        try:
+            prompts: list[list[int]] = [[start, *run.tokenizer.encode(one)] if isinstance(one, str) else one for one in asked.prompts()]
+            scores = await asyncio.to_thread(scored, hub.engine, prompts) if asked.prompt_logprobs is not None else None
+        except (ValueError, TypeError) as error:
+            raise HTTPException(400, f"prompt: {error}") from error
         return await answered(hub, Reply("text_completion", name, asked, scores), list(prompts), params)
 
     @app.post("/v1/chat/completions", dependencies=guarded)

@@ -18,6 +18,7 @@ from framework.engines.probe import probe
 from framework.engines.requests import Breaker, EngineError, RequestEngine, Retry, row_seed
 
 RETRYABLE = (408, 409, 429)  # and everything from 500 on
+NOT_STREAMED = ("logprobs", "top_logprobs", "return_token_ids", "return_tokens_as_token_ids")  # nobody reads them there
 NEVER = -100  # the smallest bias of a logit
 NEEDS = {"top_k": "top_k", "min_p": "min_p", "logprobs": "alternatives"}  # key of the parameters -> capability, where it is not None
 
@@ -78,6 +79,8 @@ class OpenAIEngine(RequestEngine):
         """See the base. An answer with fewer completions than were asked for is completed one by one."""
         self._refuse(request)
         found, usage = await self._post(request, request.n if "n" in self.capabilities else 1, request.params.seed)
+        shared = max(0, len(found) - 1)  # a server counts a prompt once; by the contract it counts for each answer, and was read once
+        usage = Usage(usage.prompt * (1 + shared), usage.completion, usage.cached + usage.prompt * shared)
         while len(found) < request.n:
             more, used = await self._post(request, 1, row_seed(request.params.seed, len(found)))
             found += more[:1]
@@ -158,6 +161,7 @@ class OpenAIEngine(RequestEngine):
         with self._waiting() as client:
             self._refuse(Request("", prompt, params))
             path, fields = self.body(prompt, params, 1, row_seed(params.seed, 0))
+            fields = {key: value for key, value in fields.items() if key not in NOT_STREAMED}
             with client.stream("POST", path, json=fields | {"stream": True}) as answer:
                 if answer.status_code != 200:
                     answer.read()

@@ -17,6 +17,7 @@ import numpy as np
 from components.contracts import Completion, Decoding, OnPiece, Prompt, Request, Result, SamplingParams, Usage, UserError
 from components.decoding.sampling import mix64
 
+HOPELESS = ("http_401", "http_403", "http_404")  # the key or the model: the fault of no request in particular
 THREAD = "engine-requests"  # of the loop behind calls that wait
 SEED_BITS = 63  # servers take a signed 64-bit seed
 
@@ -187,6 +188,8 @@ class RequestEngine:
                 result = await self.ask(request)
             except EngineError as error:
                 self.counts[error.kind] += 1
+                if error.kind in HOPELESS:
+                    raise UserError(f"engine: {error}; every request would end so. What is finished is kept") from error
                 if not error.retryable:
                     self.breaker.record("")  # the server is well
                     return self._failure(request, error, began)

@@ -55,7 +55,7 @@ class TransformersEngine:
         read: Any = AutoModelForCausalLM.from_pretrained(folder, dtype=getattr(torch, dtype))
         self.model = read.to(place).eval()
         self.model.generation_config = GenerationConfig()  # what the folder says there, our sampling does already
-        self.tokenizer, self.max_batch = tokenizer, max_batch
+        self.tokenizer, self.max_batch, self.dtype = tokenizer, max_batch, getattr(torch, dtype)
         self.engine_id, self.model_id = "transformers", Path(folder).name
         self.tokenizer_id = str(getattr(tokenizer, "fingerprint", ""))
         self.context_length: int | None = None  # nothing ends it
@@ -107,7 +107,7 @@ class TransformersEngine:
                 self._check(request.params)
                 ids = self._ids(request.prompt)
                 rows += [(place, ids, request.params, sample) for sample in range(request.n)]
-                found[place] = Result(request.id, [], Usage(prompt=len(ids)), {}, self.engine_id)
+                found[place] = Result(request.id, [], Usage(prompt=len(ids) * request.n), {}, self.engine_id)
             except (UserError, ValueError) as error:
                 found[place] = Result(request.id, [], Usage(), {}, self.engine_id, str(error))
         said: dict[tuple[int, int], Completion] = {}

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import atexit
 import os
 import re
@@ -105,13 +106,18 @@ class VLLMEngine(OpenAIEngine):
 
     async def recover(self, error: EngineError) -> None:
         """Start the server again where it is dead; its callers wait, since nothing else can be done without it."""
-        if error.kind != "connection" or self._process.poll() is None:
-            return
-        if self.restarts == 0:
-            raise UserError(f"engine.restarts: vLLM died once more than allowed: {self._last_words()}; what is finished is kept")
-        self.restarts -= 1
-        end(self._process)
-        self._process = self._start()
+        async with self._starting:
+            if error.kind != "connection" or self._process.poll() is None:
+                return
+            if self.restarts == 0:
+                raise UserError(f"engine.restarts: vLLM died once more than allowed: {self._last_words()}; what is finished is kept")
+            self.restarts -= 1
+            end(self._process)
+            self._process = await asyncio.to_thread(self._start)
+
+    async def begin(self) -> None:
+        self._starting = asyncio.Lock()
+        await super().begin()
 
     def close(self) -> None:
         """End the server."""

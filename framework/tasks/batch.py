@@ -58,16 +58,21 @@ class Batch:
 
     def run(self, context: Context) -> dict[str, float]:
         """Answer what is missing, then write final/; returns counts and speed."""
-        total = sum(1 for _ in self._lines())  # also: can all of it be read?
+        total = sum(1 for _ in self._named())  # also: can all of it be read?
         began = time.monotonic()
         with Store.open(self.output, space=self._space(context), **self.keeping) as store:
             for line in store.mended:
                 say(f"{self.output}: {line}")
             before = len(store)
+            if before and (strange := before - sum(name in store for name, _, _ in self._named())):
+                raise UserError(
+                    f"{self.output}: {strange:,} of its answers are to prompts that {self.prompts} does not hold now; the file changed "
+                    "(lines without an id are known by their place): take another output, or task.on_change=new with other settings"
+                )
             if before:
                 say(f"{before:,} of {total:,} answers are in {self.output} already")
             tokens = tokens_of(context.engine)
-            run_job(self._requests(context), context.engine, store, row=self._row, total=total, **self.job)
+            run_job(self._requests(context, store), context.engine, store, row=self._row, total=total, **self.job)
             lost = total - len(store)
             if lost:
                 say(f"{lost:,} requests have no answer; why is in {self.output / 'errors.jsonl'}")
@@ -79,7 +84,14 @@ class Batch:
     def _space(self, context: Context) -> dict[str, Any]:
         """Everything that decides the answers but the prompts."""
         run, params = context.source, dataclasses.asdict(context.params)
-        found: dict[str, Any] = {"engine": context.engine.model_id, "sampling": params, "n": self.n, "task": context.task}
+        engine, arguments = context.engine, getattr(context.engine, "arguments", {})
+        dtype = str(getattr(engine, "dtype", arguments.get("dtype")))
+        found: dict[str, Any] = {
+            "engine": [engine.engine_id, engine.model_id, dtype],
+            "sampling": params,
+            "n": self.n,
+            "task": context.task,
+        }
         if run is not None:
             data = OmegaConf.to_container(run.cfg.data, resolve=True)
             template = {key: data[key] for key in ("_target_", "template") if isinstance(data, dict) and key in data}
@@ -102,14 +114,19 @@ class Batch:
         if not some:
             raise UserError(f'{self.prompts}: empty; give one JSON object a line, such as {{"prompt": "Once"}}')
 
-    def _requests(self, context: Context) -> Iterator[tuple[int, Request]]:
-        """The requests in the order of the file. One's name is what is asked and its own id, or its place where it has none."""
-        render = renderer(context)
+    def _named(self) -> Iterator[tuple[str, Asked, str]]:
+        """(name, prompt, file and number) in the order of the file. A name is what is asked and its id, or its place where it has none."""
         for index, (line, where) in enumerate(self._lines()):
             asked = parse_request(line, where, index)
-            name = request_id(prompt=asked.given, id=asked.id)
+            yield request_id(prompt=asked.given, id=asked.id), asked, where
+
+    def _requests(self, context: Context, store: Store) -> Iterator[tuple[int, Request]]:
+        """The requests in the order of the file."""
+        render = renderer(context)
+        for index, (name, asked, where) in enumerate(self._named()):
             params = dataclasses.replace(context.params, seed=seed_of(context.params.seed, name, "batch"))
-            self._asked[name] = asked
+            if name not in store:
+                self._asked[name] = asked
             yield index, Request(name, render(asked.given, where=where), params, self.n)
 
     def _row(self, request: Request, result: Result) -> dict[str, Any]:

@@ -130,6 +130,7 @@ def test_n_answers_to_a_request(engine):
     assert sorted(result.request_id for result in results) == ["0", "1", "2"]
     for result in results:
         assert result.error is None and len(result.completions) == 3
+        assert result.usage.prompt == 3 * LENGTHS[int(result.request_id)]
         if "seed" in engine.capabilities:
             assert len({one.text for one in result.completions}) == 3
 

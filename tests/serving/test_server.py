@@ -87,6 +87,9 @@ def test_many_callers_at_once(client):
         ({"extra_body": {"best": 3}}, 400, "best: Extra inputs are not permitted"),
         ({"prompt": []}, 400, "prompt"),
         ({"prompt": [10**6]}, 400, "holds id 1000000"),
+        ({"prompt": [1, 10**6], "extra_body": {"prompt_logprobs": 0}}, 400, "holds id 1000000"),
+        ({"stream": True, "logprobs": 1}, 400, "stream: log-probabilities and token ids are not streamed"),
+        ({"max_tokens": 2**40}, 400, "max_tokens: 1099511627776; at most"),
         ({"extra_body": {"structured_outputs": {"regex": "("}}}, 400, "regex"),
     ],
 )

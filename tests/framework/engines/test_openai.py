@@ -119,13 +119,22 @@ def test_passing_troubles_are_waited_out(status):
         assert result.error is None and client.counts[f"http_{status}"] == 2 and client.counts["retries"] == 2
 
 
-@pytest.mark.parametrize("status", [400, 401, 404, 422])
+@pytest.mark.parametrize("status", [400, 413, 422])
 def test_what_no_attempt_mends_is_not_tried_again(status):
     with serving(failing(lambda i: i == 0, status)) as server:
         client = engine(server)
         results = {result.request_id: result for result in streamed(client, asked(3), concurrency=1)}
         assert results["0"].error == f"http_{status}: {server.url} answered {status}: too busy" and client.counts["retries"] == 0
         assert results["1"].error is None and results["2"].error is None
+
+
+@pytest.mark.parametrize("status", [401, 403, 404])
+def test_a_key_or_a_model_that_is_gone_ends_the_job(status):
+    with (
+        serving(failing(lambda i: i == 2, status)) as server,
+        pytest.raises(UserError, match=f"answered {status}: too busy; every request"),
+    ):
+        streamed(engine(server), asked(9), concurrency=1)
 
 
 @pytest.mark.parametrize("content", [b"", b"{", b"[]", b'{"choices": null}', b'{"choices": [{}]}', b"<html>"])

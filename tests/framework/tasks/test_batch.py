@@ -67,6 +67,17 @@ def test_other_settings_do_not_mix(home, call, tmp_path):
     assert call(tmp_path / "out", "decode.temperature=0.3", "task.on_change=new")[0] == 0
 
 
+def test_another_precision_or_an_edited_file_is_refused_before_anything_is_asked(home, call, tmp_path):
+    file = tmp_path / "mine.jsonl"
+    file.write_text("".join(json.dumps({"prompt": f"No. {i}"}) + "\n" for i in range(6)))
+    assert call(tmp_path / "out", f"prompts={file}")[0] == 0
+    code, err = call(tmp_path / "out", f"prompts={file}", "engine.dtype=bfloat16")
+    assert code == 2 and "engine" in err and err.count("error:") == 1, err
+    file.write_text(json.dumps({"prompt": "new"}) + "\n" + file.read_text())
+    code, err = call(tmp_path / "out", f"prompts={file}")
+    assert code == 2 and "6 of its answers are to prompts that" in err, err
+
+
 def test_what_cannot_be_answered_is_kept_and_said(home, call, tmp_path):
     """A prompt that is longer than the engine takes, among others."""
     code, err = call(tmp_path / "out", "engine.context_length=16", "max_new_tokens=10", "task.max_attempts=1")

@@ -222,7 +222,14 @@ def main() -> None:
         print(f"native is {ratio:.2f} times as fast as {name}; {verdict(ratio, BOUNDS[name], at_least=True)}")
     slower = spreads["native"]["median"] / spreads["native, hybrid"]["median"]
     print(f"the hybrid takes {slower:.2f} times the time; {verdict(slower, HYBRID_BOUND, at_least=False)}")
-    row = {**environment("transformers"), **vars(options), "shape": WIDE, "useful_tokens": useful, "tokens_per_second": spreads}
+    row = {
+        **environment("transformers"),
+        **vars(options),
+        "vllm": bool(options.vllm),
+        "shape": WIDE,
+        "useful_tokens": useful,
+        "tokens_per_second": spreads,
+    }
     print(f"row appended to {append_row('engine', row | {'equal': equal, 'ratios': ratios, 'hybrid_time': slower})}")
 
 

@@ -13,7 +13,6 @@ from pathlib import Path
 from typing import Any
 
 from rich.console import Console
-from rich.table import Table
 
 from components.contracts import UserError
 from framework.command import command_parser, run_command
@@ -87,14 +86,10 @@ def named_apart(ways: Sequence[Way], folders: Sequence[Path]) -> None:
 
 def table(title: str, header: Sequence[str], rows: Sequence[Sequence[str]], console: Console) -> None:
     """A line of words, then numbers to the right."""
+    from framework.tasks.evaluate import print_table  # late: torch comes with it
+
     console.print(title)
-    shown = Table(box=None, pad_edge=False)
-    for i, name in enumerate(header):
-        shown.add_column(name, justify="right" if i else "left", no_wrap=True)
-    for row in rows:
-        shown.add_row(*row)
-    console.print(shown)
-    console.print()
+    print_table(header, rows, console)
 
 
 def report(measure: str, ways: Sequence[Way], console: Console) -> None:

@@ -5,13 +5,10 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import math
-import os
-import signal
 import threading
 import time
 from collections.abc import AsyncIterator, Callable, Iterable, Mapping, Sized
 from dataclasses import dataclass
-from types import FrameType
 from typing import Any
 
 from rich.console import Console
@@ -24,30 +21,14 @@ TICK_SECONDS = 0.1  # how often signals, the clock of the store and the record a
 SKIPPED = 1000  # finished requests passed over before others get their turn
 
 
-class JobSignals(StopSignals):
-    """As its base; says what a job does then. It asks no more, and waits `grace_s` seconds for what it has asked."""
-
-    def __init__(self, grace_s: float) -> None:
-        super().__init__()
-        self.grace_s = grace_s
-
-    def handle(self, number: int, frame: FrameType | None) -> None:
-        """The handler itself."""
-        if self.received is not None:
-            signal.signal(number, signal.SIG_DFL)
-            os.kill(os.getpid(), number)
-        self.received = number
-        name = signal.Signals(number).name
-        os.write(2, f"\n{name}: waiting at most {self.grace_s:g} s for what is asked, then saving (once more: stop at once)\n".encode())
-
-
 @dataclass
 class Job:
     """The state of `run_job`. in_flight: index and request by id, at most a few more than the window."""
 
     store: Store
     meter: Meter
-    signals: JobSignals
+    signals: StopSignals
+    grace_s: float
     max_attempts: int
     row: Callable[[Request, Result], Mapping[str, Any]]
     in_flight: dict[str, tuple[int, Request]]
@@ -148,7 +129,8 @@ def run_job(
     """
     if total is None and isinstance(requests, Sized):
         total = len(requests)
-    job = Job(store, Meter(total, len(store)), JobSignals(grace_s), max_attempts, row, {})
+    signals = StopSignals(f"waiting at most {grace_s:g} s for what is asked, then saving")
+    job = Job(store, Meter(total, len(store)), signals, grace_s, max_attempts, row, {})
     with job.signals.guarded(), Shown(job, engine, progress_s, report) as shown:
         if threading.current_thread() is threading.main_thread():
             job.signals.install()
@@ -179,7 +161,7 @@ async def drive(job: Job, requests: Iterable[tuple[int, Request]], engine: Engin
         job.store.tick()
         shown.tick()
         if job.signals.received is not None:
-            deadline = min(deadline, time.monotonic() + job.signals.grace_s)
+            deadline = min(deadline, time.monotonic() + job.grace_s)
             if time.monotonic() >= deadline or not job.in_flight:
                 task.cancel()
                 break

@@ -121,7 +121,9 @@ class StopSignals:
 
     NUMBERS = (signal.SIGTERM, signal.SIGINT)
 
-    def __init__(self) -> None:
+    def __init__(self, promise: str = "finishing this step, then saving") -> None:
+        """promise: what is done after the first signal, for the reader."""
+        self.promise = promise
         self.received: int | None = None
 
     def install(self) -> None:
@@ -136,7 +138,7 @@ class StopSignals:
             os.kill(os.getpid(), number)
         self.received = number
         name = signal.Signals(number).name
-        os.write(2, f"\n{name}: finishing this step, then saving (once more: stop at once)\n".encode())
+        os.write(2, f"\n{name}: {self.promise} (once more: stop at once)\n".encode())
 
     @contextlib.contextmanager
     def guarded(self) -> Iterator[StopSignals]:

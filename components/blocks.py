@@ -318,12 +318,15 @@ class Decoder(nn.Module):
 
     def logits(self, hidden: Tensor) -> Tensor:
         """(..., D) -> (..., V)."""
-        return F.linear(hidden, self.embed_tokens.weight) if self.lm_head is None else self.lm_head(hidden)
+        return F.linear(hidden, self.head_weight) if self.lm_head is None else self.lm_head(hidden)
 
     @property
     def head_weight(self) -> Tensor:
         """(V, D); the embedding when tied."""
-        return self.embed_tokens.weight if self.lm_head is None else self.lm_head.weight
+        if self.lm_head is not None:
+            return self.lm_head.weight
+        embedding = getattr(self.embed_tokens, "base_layer", self.embed_tokens)  # an adapter there acts on the tokens alone
+        return cast("Tensor", embedding.weight)
 
     def roles(self) -> dict[str, Role]:
         """Role of every parameter by name; `adapter` for what a wrapper, a module with a `base_layer`, adds to its base layer.
@@ -384,5 +387,5 @@ class Decoder(nn.Module):
         """FLOPs of one forward, per token, in rows of seq_len tokens: 2 a weight of every matmul (head included) + attention and scans."""
         weights = sum(module.weight.numel() for module in self.modules() if isinstance(module, nn.Linear))
         if self.lm_head is None:
-            weights += self.embed_tokens.weight.numel()
+            weights += self.head_weight.numel()
         return 2.0 * weights + sum(block.mixing_flops(seq_len) for block in self.blocks)

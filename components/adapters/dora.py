@@ -7,7 +7,8 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from components.adapters.base import TaskIds
-from components.adapters.base.low_rank import LowRankLayer, PeftAdapter, widen
+from components.adapters.base.leaves import is_quantised
+from components.adapters.base.low_rank import LowRankLayer, PeftAdapter, wide, widen
 from components.contracts import UserError
 
 
@@ -23,20 +24,26 @@ class DoRALayer(LowRankLayer):
 
     def __init__(self, base_layer: nn.Module, task_ids: TaskIds, r: int, scale: float, dropout: float) -> None:
         super().__init__(base_layer, task_ids, r, scale, dropout)
-        weight = self.base_weight.detach()
-        if not weight.is_floating_point():
-            raise UserError(f"adapter: dora needs the lengths of the weight's rows, and {weight.dtype} has none; use adapter=lora")
-        norm = torch.linalg.vector_norm(weight.to(self.lora_A.weight.dtype), dim=1)  # (out,)
+        if is_quantised(base_layer):
+            kind = self.base_layer.weight.dtype
+            raise UserError(f"adapter: dora needs the lengths of the weight's rows, and {kind} has none; use adapter=lora")
+        norm = torch.linalg.vector_norm(self.base_weight.detach().to(self.lora_A.weight.dtype), dim=1)  # (out,)
         self.register_buffer("lora_weight_norm", norm)
         self.lora_magnitude_vector = nn.Parameter(norm.clone())
 
+    def store_as(self, dtype: torch.dtype) -> None:
+        """The lengths stay float32 or wider: rounded to less, m / |V| would not be 1 at the start."""
+        lengths = self.lora_magnitude_vector.data
+        super().store_as(dtype)
+        self.lora_magnitude_vector.data = lengths
+
     def gain(self) -> Tensor:
-        """m / |V|: (out,). Only m gets a gradient."""
-        a, b = self.lora_A.weight, self.lora_B.weight
+        """m / |V|: (out,), float32 or wider. Only m gets a gradient."""
+        a, b = (wide(side.weight) for side in (self.lora_A, self.lora_B))
         with torch.no_grad(), torch.autocast(a.device.type, enabled=False):
             cross = (b * (self.base_weight.to(a.dtype) @ a.T)).sum(1)  # (out,), rows of B A times rows of W
             square = (b @ (a @ a.T) * b).sum(1)  # (out,), squared rows of B A
-            norm = (self.lora_weight_norm.square() + 2 * self.scale * cross + self.scale**2 * square).clamp_min(0).sqrt()
+            norm = (self.lora_weight_norm.to(a.dtype).square() + 2 * self.scale * cross + self.scale**2 * square).clamp_min(0).sqrt()
             norm = norm.clamp_min(torch.finfo(norm.dtype).tiny)  # a row of zeros stays one
         return self.lora_magnitude_vector / norm
 
@@ -54,7 +61,7 @@ class DoRALayer(LowRankLayer):
             turned = F.linear(dropped.to(weight.dtype), weight)
         else:
             turned = y if bias is None else y - bias
-        return (y + (gain - 1) * turned + gain * self.low_rank(dropped)).to(y.dtype)
+        return (y + (gain - 1) * turned + gain * self.low_rank(widen(dropped, self.lora_A.weight.dtype))).to(y.dtype)
 
     def merged_weight(self, task: int | None = None) -> Tensor:
         delta = super().delta_weight(task)

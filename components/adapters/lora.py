@@ -8,7 +8,7 @@ from torch.nn import functional as F
 
 from components.adapters.base import AdapterLayer, TaskIds
 from components.adapters.base.leaves import is_embedding
-from components.adapters.base.low_rank import LowRankLayer, PeftAdapter, parameter_options, widen
+from components.adapters.base.low_rank import LowRankLayer, PeftAdapter, parameter_options, wide, widen
 
 
 class LoRALayer(LowRankLayer):
@@ -50,7 +50,7 @@ class LoRAEmbeddingLayer(AdapterLayer):
 
     def delta_weight(self, task: int | None = None) -> Tensor:
         with torch.autocast(self.lora_embedding_A.device.type, enabled=False):
-            return self.scale * (self.lora_embedding_B @ self.lora_embedding_A)  # (dim, rows)
+            return self.scale * (wide(self.lora_embedding_B) @ wide(self.lora_embedding_A))  # (dim, rows)
 
 
 class LoRA(PeftAdapter):

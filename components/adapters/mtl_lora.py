@@ -9,13 +9,14 @@ from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
-from torch.nn import functional as F
 
 from components.adapters.base import OFF, AdapterLayer, TaskIds, adapter_layers, adapter_state, load_adapter_state, task_ids
-from components.adapters.base.low_rank import LowRankAdapter, parameter_options, widen
+from components.adapters.base.fused import check_fused, fused_rows
+from components.adapters.base.low_rank import LowRankAdapter, parameter_options, wide, widen
 from components.adapters.base.peft_files import read_folder, write_folder
 from components.adapters.base.sharing import cosines
 from components.contracts import UserError
+from kernels.lora_grouped import lora_mixed
 
 PER_TASK = ("lora_lambdas", "lora_B_w")  # parameters with a row for each task
 
@@ -25,10 +26,9 @@ class MTLLoRALayer(AdapterLayer):
 
     lora_A (r, in), kaiming-uniform with a = sqrt 5. lora_lambdas (T, r, r), or (T, r) for diagonals: the identity at the start; a fused
     projection has one for each of its blocks of rows: (T, blocks, r, r) or (T, blocks, r). lora_B (n, out, r), zero at the start.
-    lora_B_w (T, n), uniform within +-1/sqrt(n) or zero. All are float32 or wider.
+    lora_B_w (T, n), uniform within +-1/sqrt(n) or zero. All are float32 or wider, unless `store_as` says otherwise.
 
-    The tasks of a batch may be mixed at no cost: all B lie side by side in one (out, n r) matrix, and what differs between tasks, Lambda_t
-    and the weights of the mixture, is applied to the r numbers of each token before it.
+    The tasks of a batch may be mixed at no cost, see `kernels.lora_grouped.lora_mixed`.
 
     Note: in the published code a fused projection has one Lambda over the ranks of all its blocks, which mixes them; here one a block.
     """
@@ -75,9 +75,9 @@ class MTLLoRALayer(AdapterLayer):
                 setattr(self, f"{key}_new", nn.Parameter(new))
 
     def shares(self) -> Tensor:
-        """Weights of the mixtures: (T, n), each row sums to 1."""
+        """Weights of the mixtures: (T, n) float32 or wider, each row sums to 1."""
         w = self.rows("lora_B_w")
-        return torch.softmax(w.to(torch.promote_types(w.dtype, torch.float32)) / self.tau, -1)
+        return torch.softmax(wide(w) / self.tau, -1)
 
     def forward(self, x: Tensor) -> Tensor:
         """x: (B, ..., in), or (N, in) for ids by token. Returns (..., out) in the dtype of the base output.
@@ -88,34 +88,22 @@ class MTLLoRALayer(AdapterLayer):
         if not self.adds:
             return y
         ids = self.task_ids.of(x)  # (B,) or (B, T)
-        z = self.scale * F.linear(self.dropout(widen(x, self.lora_A.dtype)), self.lora_A)  # (..., r)
-        parts = self._mixed(z.reshape(ids.numel(), -1, z.shape[-1]), ids.flatten().clamp_min(0))  # blocks x (I, S, n r)
-        ups = self.lora_B.transpose(0, 1).flatten(1).split(self.splits)  # blocks x (rows, n r)
-        delta = [F.linear(part.reshape(*z.shape[:-1], -1), up) for part, up in zip(parts, ups, strict=True)]
-        out = (y + (delta[0] if len(delta) == 1 else torch.cat(delta, -1))).to(y.dtype)
+        rows = (ids.numel(), -1)
+        dropped = self.dropout(widen(x, self.lora_A.dtype)).reshape(*rows, self.in_features)
+        out = lora_mixed(
+            y.reshape(*rows, self.out_features), dropped, self.lora_A, self.lora_B, self.shares(), self._lambdas(), self.scale,
+            ids.flatten().clamp_min(0), self.splits,
+        ).view_as(y)  # fmt: skip
         if self.task_ids.some_off:
             out = torch.where((ids != OFF).reshape(*ids.shape, *(1,) * (y.dim() - ids.dim())), out, y)
         return out
 
-    def _mixed(self, z: Tensor, ids: Tensor) -> list[Tensor]:
-        """z: (I, S, r) for ids (I,), each of S tokens. Returns (I, S, n r) for each block: Lambda_t z, n times, weighted."""
-        shares = self.shares()[ids][:, None, :, None]  # (I, 1, n, 1)
-        turned = [z] if self.lambda_type == "none" else self._turned(z, ids)
-        return [(shares * part[:, :, None, :]).flatten(2) for part in turned]
-
-    def _turned(self, z: Tensor, ids: Tensor) -> list[Tensor]:
-        """Lambda_t z for each block: (I, S, r) each."""
+    def _lambdas(self) -> Tensor | None:
+        """(T, blocks, r, r) or (T, blocks, r)."""
+        if self.lambda_type == "none":
+            return None
         lambdas = self.rows("lora_lambdas")
-        if len(self.splits) == 1:
-            lambdas = lambdas.unsqueeze(1)  # (T, blocks, r, r) or (T, blocks, r)
-        if self.lambda_type == "diag":
-            return [z * diagonal[ids][:, None] for diagonal in lambdas.unbind(1)]
-        if z.shape[1] > 1:
-            return [torch.bmm(z, matrix[ids].mT) for matrix in lambdas.unbind(1)]
-        # One token an id: r numbers for each of the T tasks take less memory than r x r for each token. The product is one by task, so
-        # that a task which is added later changes no bit of the others.
-        every = [torch.bmm(z[:, 0].expand(len(matrix), -1, -1), matrix.mT) for matrix in lambdas.unbind(1)]  # (T, I, r)
-        return [part.take_along_dim(ids[None, :, None], 0).transpose(0, 1) for part in every]
+        return lambdas.unsqueeze(1) if len(self.splits) == 1 else lambdas
 
     def factors(self, task: int | None = None) -> tuple[Tensor, Tensor]:
         """The task's update without its scale as up @ down: up (out, r) is B_t Lambda_t by blocks of rows, down (r, in) is A.
@@ -126,13 +114,11 @@ class MTLLoRALayer(AdapterLayer):
             raise UserError(f"adapter.task: missing; each of {', '.join(self.task_ids.names)} has an update of its own")
         task = task or 0
         with torch.autocast(self.lora_A.device.type, enabled=False):
-            up = torch.einsum("n,nor->or", self.shares()[task], self.lora_B)  # (out, r)
-            if self.lambda_type != "none":
-                matrices = self.rows("lora_lambdas")[task]
-                matrices = matrices.diag_embed() if self.lambda_type == "diag" else matrices
-                blocks = zip(up.split(self.splits), matrices.reshape(-1, *matrices.shape[-2:]), strict=True)
-                up = torch.cat([rows @ matrix for rows, matrix in blocks])
-        return up, self.lora_A
+            up = torch.einsum("n,nor->or", self.shares()[task], wide(self.lora_B))  # (out, r)
+            if (lambdas := self._lambdas()) is not None:
+                matrices = wide(lambdas[task].diag_embed() if self.lambda_type == "diag" else lambdas[task])  # (blocks, r, r)
+                up = torch.cat([rows @ matrix for rows, matrix in zip(up.split(self.splits), matrices, strict=True)])
+        return up, wide(self.lora_A)
 
     def delta_weight(self, task: int | None = None) -> Tensor:
         up, down = self.factors(task)
@@ -156,8 +142,9 @@ class MTLLoRA(LowRankAdapter):
 
     n_up: up-projections B_i, >= 1. tau: temperature of their mixture, > 0; small is nearly one B a task. lambda_type: the matrix inside the
     rank is full, diagonal or left out. w_init: `uniform` as published, or `zeros`, an even mixture. tasks: their names; the order fixes the
-    ids of a batch, and a folder is read by the names. split_fused: each block of a fused projection, by the model's `fused_splits()`, has
-    its own Lambda. The rest is as in `LowRankAdapter`. Raises UserError for values out of range.
+    ids of a batch, and a folder is read by the names. split_fused: each block of a fused projection has its own Lambda; fused: the blocks,
+    where the model does not say them itself, see `components.adapters.base.fused`. The rest is as in `LowRankAdapter`. Raises UserError
+    for values out of range.
     """
 
     def __init__(
@@ -165,9 +152,11 @@ class MTLLoRA(LowRankAdapter):
         rank_pattern: Mapping[str, int], alpha_pattern: Mapping[str, float], modules_to_save: Sequence[str],
         train_bias: Literal["none", "adapted", "all"], n_up: int, tau: float, lambda_type: Literal["full", "diag", "none"],
         w_init: Literal["uniform", "zeros"], tasks: Sequence[str], split_fused: bool,
+        fused: Mapping[str, Sequence[str | int]] | None = None,
+        dtype: Literal["float32", "bfloat16", "float16", "float64"] | None = None, allow_tied: bool = False,
     ) -> None:  # fmt: skip
         super().__init__(
-            r, alpha, dropout, targets, exclude, use_rslora, rank_pattern, alpha_pattern, modules_to_save, train_bias
+            r, alpha, dropout, targets, exclude, use_rslora, rank_pattern, alpha_pattern, modules_to_save, train_bias, dtype, allow_tied
         )  # fmt: skip
         if n_up < 1:
             raise UserError(f"adapter.n_up: {n_up}; at least 1 up-projection is needed")
@@ -178,22 +167,26 @@ class MTLLoRA(LowRankAdapter):
                 raise UserError(f"adapter.{key}: {value!r}; allowed are {', '.join(allowed)}")
         if not tasks:
             raise UserError("adapter.tasks: []; name at least one task")
+        check_fused(fused or {})
+        if fused and not split_fused:
+            raise UserError("adapter.fused: set, but adapter.split_fused=false splits nothing; drop one of them")
         self.n_up = n_up
         self.tau = tau
         self.lambda_type = lambda_type
         self.w_init = w_init
         self.tasks = tuple(tasks)
         self.split_fused = split_fused
+        self.fused = dict(fused or {})
 
     def apply(self, model: nn.Module) -> dict[str, Any]:
         """Wrap the targets in place and freeze the rest; the model's outputs do not change. See `components.adapters.base.inject`.
 
         A layer has r in + n out r + T blocks r^2 + T n parameters (T blocks r for diagonals).
         """
-        splits = model.fused_splits() if self.split_fused and hasattr(model, "fused_splits") else {}  # type: ignore[operator]
+        splits = fused_rows(model, self.fused, self.chosen(model)) if self.split_fused else {}
 
         def wrap(name: str, base: nn.Module, ids: TaskIds, r: int, scale: float) -> MTLLoRALayer:
-            rows = splits.get(f"{name}.weight", ())
+            rows = splits.get(name, ())
             return MTLLoRALayer(base, ids, r, scale, self.dropout, self.n_up, self.tau, self.lambda_type, self.w_init, rows)
 
         return self.wrap_targets(model, wrap, self.tasks)
@@ -209,7 +202,8 @@ class MTLLoRA(LowRankAdapter):
         for name in [name for name in state if name.endswith("_new")]:
             old = name.removesuffix("_new")
             state[old] = torch.cat([state[old], state.pop(name)])
-        config = {"peft_type": "MTL_LORA", **self._shape(), "tasks": list(_holder(model).names), "dropout": self.dropout}
+        config = {"peft_type": "MTL_LORA", **self._shape(), "fused": _blocks(model), "dropout": self.dropout}
+        config["tasks"] = list(_holder(model).names)
         write_folder(Path(folder), config, state)
 
     def load(self, model: nn.Module, folder: Path | str) -> None:
@@ -223,6 +217,9 @@ class MTLLoRA(LowRankAdapter):
         for key, own in self._shape().items():
             if config.get(key) != own:
                 raise UserError(f"{folder}: {key} is {config.get(key)}; this adapter has {own}")
+        for name, own in _blocks(model).items():
+            if (rows := config.get("fused", {}).get(name, own)) != own:
+                raise UserError(f"{folder}: {name} has blocks of {rows} rows; that of this model has {own}")
         names = _holder(model).names
         found = config.get("tasks")
         if not isinstance(found, list) or not all(isinstance(name, str) for name in found):
@@ -270,7 +267,7 @@ class MTLLoRA(LowRankAdapter):
         for name, layer in _layers(model):
             up, down = layer.factors(chosen)
             state |= {f"{name}.lora_A.weight": down.detach(), f"{name}.lora_B.weight": up.detach()}
-        self.write_lora(model, folder, state, use_dora=False)
+        self.write_lora(model, folder, state)
 
     def add_task(self, model: nn.Module, name: str, init_from: str) -> None:
         """Give the model one more task and freeze all but what is its own: a row of Lambda and of w in each layer.
@@ -292,6 +289,11 @@ class MTLLoRA(LowRankAdapter):
 
 def _layers(model: nn.Module) -> list[tuple[str, MTLLoRALayer]]:
     return [(name, layer) for name, layer in adapter_layers(model) if isinstance(layer, MTLLoRALayer)]
+
+
+def _blocks(model: nn.Module) -> dict[str, list[int]]:
+    """{module name: rows of each block} of what has several."""
+    return {name: list(layer.splits) for name, layer in _layers(model) if len(layer.splits) > 1}
 
 
 def _holder(model: nn.Module) -> TaskIds:

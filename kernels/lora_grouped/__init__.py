@@ -1,6 +1,8 @@
-"""Many LoRAs in one batch: every token goes through the adapter that it belongs to (the grouped products of Punica, arXiv 2310.18547).
+"""Many LoRAs in one batch: every token goes through the adapter that it belongs to.
 
-Tokens are sorted by adapter once (`segments`), for all layers of a model; each segment then is an ordinary pair of thin products.
+`lora_grouped`, for LoRAs that share nothing (the grouped products of Punica, arXiv 2310.18547): tokens are sorted by adapter once
+(`segments`), for all layers of a model; each segment then is an ordinary pair of thin products. `lora_mixed`, for tasks that share A and
+the B (MTL-LoRA, arXiv 2410.09437): nothing is sorted, since tasks differ in a few numbers a token only.
 """
 
 from __future__ import annotations
@@ -14,7 +16,7 @@ from torch import Tensor
 from kernels.checks import expect_shape
 from kernels.dispatch import pick
 
-__all__ = ["Segments", "lora_grouped", "segments"]
+__all__ = ["Segments", "lora_grouped", "lora_mixed", "segments"]
 
 
 class Segments(NamedTuple):
@@ -74,3 +76,34 @@ def lora_grouped(
         if down.dtype != x.dtype or up.dtype != x.dtype:
             raise ValueError(f"lora_grouped: A is {down.dtype}, B {up.dtype}, x {x.dtype}; expected one dtype")
     return pick("lora_grouped", x.device).lora_grouped(y, x, a, b, scales, rows)
+
+
+def lora_mixed(
+    y: Tensor, x: Tensor, a: Tensor, b: Tensor, shares: Tensor, lambdas: Tensor | None, scale: float, ids: Tensor, splits: Sequence[int]
+) -> Tensor:  # fmt: skip
+    """y_i + scale B_t Lambda_t A x_i for the task t of row i, with B_t = sum_j shares_tj B_j (MTL-LoRA, section 2 of arXiv 2410.09437).
+
+    Differentiable in all tensors but ids; parts of tasks that no row has get a gradient of zero. Products are in the dtype of x, A and B,
+    or in that of autocast; the sum is taken in the wider dtype and cast to y's.
+
+    Args: y (I, S, out), x (I, S, in): S tokens of each row. a (r, in). b (n, out, r). shares (T, n). lambdas: one matrix (T, blocks, r, r),
+    or one diagonal (T, blocks, r), for each block of the rows of y; None: the identity. ids (I,) int64 from 0 to T - 1, not checked.
+    splits: rows of each block, which sum to out. Returns: (I, S, out) in y's dtype. Raises: ValueError for shapes that do not fit.
+
+    >>> one, two = torch.ones(1, 1), torch.tensor([[[1.0]], [[3.0]]])
+    >>> shares = torch.tensor([[1.0, 0.0], [0.5, 0.5]])
+    >>> lora_mixed(torch.zeros(2, 1, 1), torch.ones(2, 1, 1), one, two, shares, None, 10.0, torch.tensor([1, 0]), [1]).flatten()
+    tensor([20., 10.])
+    """
+    if x.dim() != 3 or y.dim() != 3 or x.shape[:2] != y.shape[:2]:
+        raise ValueError(f"lora_mixed: x has shape {tuple(x.shape)}, y {tuple(y.shape)}; expected (I, S, in) and (I, S, out)")
+    expect_shape("lora_mixed", "ids", ids, len(x), letters="(I,)")
+    expect_shape("lora_mixed", "A", a, *a.shape[:1], x.shape[2], letters="(r, in)")
+    expect_shape("lora_mixed", "B", b, *b.shape[:1], y.shape[2], a.shape[0], letters="(n, out, r)")
+    expect_shape("lora_mixed", "shares", shares, *shares.shape[:1], b.shape[0], letters="(T, n)")
+    if sum(splits) != y.shape[2]:
+        raise ValueError(f"lora_mixed: blocks of {sum(splits)} rows; y has {y.shape[2]}")
+    if lambdas is not None:
+        rank = (a.shape[0],) * (2 if lambdas.dim() == 4 else 1)
+        expect_shape("lora_mixed", "lambdas", lambdas, len(shares), len(splits), *rank, letters="(T, blocks, r, r) or (T, blocks, r)")
+    return pick("lora_grouped", x.device).lora_mixed(y, x, a, b, shares, lambdas, scale, ids, splits)

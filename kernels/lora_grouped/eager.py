@@ -1,6 +1,8 @@
-"""Many LoRAs in one batch: tokens gathered by adapter once, two products a segment, one scatter.
+"""Many LoRAs in one batch.
 
-The gathered tokens are gathered again in the backward rather than kept; of the shrunk ones, (M, R), all are.
+`lora_grouped`: tokens gathered by adapter once, two products a segment, one scatter. The gathered tokens are gathered again in the backward
+rather than kept; of the shrunk ones, (M, R), all are. `lora_mixed`: two dense products for all tasks together, since all B lie side by side
+in one (out, n r) matrix, and what differs between tasks is applied to the r numbers of a token between them.
 """
 
 from __future__ import annotations
@@ -9,6 +11,7 @@ from collections.abc import Iterator, Sequence
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
@@ -83,3 +86,29 @@ def lora_grouped(
 ) -> Tensor:  # fmt: skip
     """See `kernels.lora_grouped.lora_grouped`."""
     return _Grouped.apply(y, x, scales, rows, *a, *b)
+
+
+def lora_mixed(
+    y: Tensor, x: Tensor, a: Tensor, b: Tensor, shares: Tensor, lambdas: Tensor | None, scale: float, ids: Tensor, splits: Sequence[int]
+) -> Tensor:  # fmt: skip
+    """See `kernels.lora_grouped.lora_mixed`."""
+    z = scale * F.linear(x, a)  # (I, S, r)
+    weights = shares[ids][:, None, :, None]  # (I, 1, n, 1)
+    turned = [z] if lambdas is None else [_turned(z, block, ids) for block in lambdas.unbind(1)]
+    parts = [(weights * part[:, :, None, :]).flatten(2).to(b.dtype) for part in turned]  # blocks x (I, S, n r)
+    beside = b.transpose(0, 1).flatten(1)  # (out, n r)
+    ups = [beside] if lambdas is None else beside.split(list(splits))
+    delta = [F.linear(part, up) for part, up in zip(parts, ups, strict=True)]
+    return (y + (delta[0] if len(delta) == 1 else torch.cat(delta, -1))).to(y.dtype)
+
+
+def _turned(z: Tensor, lambdas: Tensor, ids: Tensor) -> Tensor:
+    """Lambda_t z for one block: (I, S, r). lambdas: (T, r, r), or (T, r) for diagonals."""
+    if lambdas.dim() == 2:
+        return z * lambdas[ids][:, None]
+    if z.shape[1] > 1:
+        return torch.bmm(z, lambdas[ids].mT)
+    # One token an id: r numbers for each of the T tasks take less memory than r x r for each token. The product is one by task, so that a
+    # task which is added later changes no bit of the others.
+    every = torch.bmm(z[:, 0].expand(len(lambdas), -1, -1), lambdas.mT)  # (T, I, r)
+    return every.take_along_dim(ids[None, :, None], 0).transpose(0, 1)

@@ -1,5 +1,6 @@
 """The common ground of all adapters; options import it, never one another."""
 
+from components.adapters.base.merging import merge, unmerge
 from components.adapters.base.sharing import sharing
 from components.adapters.base.task_ids import OFF, TaskIds
 from components.adapters.base.wrapping import (
@@ -12,12 +13,10 @@ from components.adapters.base.wrapping import (
     inject,
     load_adapter_state,
     may_rest,
-    merge,
     parameter_roles,
     selected,
     set_enabled,
     task_ids,
-    unmerge,
     unwrap,
 )
 

@@ -44,6 +44,7 @@ def select_modules(
             )
         if leaf_of(leaf) is None and not isinstance(leaf, opaque):
             kind = "an Embedding with max_norm" if type(leaf) is nn.Embedding else f"a {type(leaf).__name__}"
+            kind += " with packed weights, through which torch.ao passes no gradient" if _is_packed(leaf) else ""
             raise UserError(
                 f"adapter.targets: {_shown(targets)} matches {name}, {kind}; only nn.Linear, Conv1D and nn.Embedding can be wrapped, "
                 "narrow the pattern or set adapter.exclude"
@@ -61,13 +62,19 @@ def modules_ending_in(model: nn.Module, endings: Sequence[str], key: str) -> lis
     return [name for name in names if any(f".{name}".endswith(f".{ending}") for ending in endings)]
 
 
+def _is_packed(module: nn.Module) -> bool:
+    """Whether it is a quantised layer of torch.ao, whose weight is a method, and whose child holds the numbers."""
+    return callable(getattr(module, "weight", None))
+
+
 def _is_linear(module: nn.Module) -> bool:
     return leaf_of(module) is not None and not is_embedding(module)
 
 
 def _leaves(module: nn.Module, opaque: type[nn.Module], name: str = "") -> Iterator[tuple[str, nn.Module]]:
     """Modules without children by name; what `opaque` wraps is not entered. A module under two names is listed under both."""
-    children = [] if isinstance(module, opaque) else [(key, child) for key, child in module._modules.items() if child is not None]
+    closed = isinstance(module, opaque) or _is_packed(module)
+    children = [] if closed else [(key, child) for key, child in module._modules.items() if child is not None]
     if name and not children:
         yield name, module
     for child_name, child in children:

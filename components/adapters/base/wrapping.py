@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from components.adapters.base.leaves import leaf_of
+from components.adapters.base.leaves import applied_weight, is_quantised, leaf_of
 from components.adapters.base.targets import modules_ending_in, select_modules
 from components.adapters.base.task_ids import TaskIds, read_batch
 from components.contracts import ModelOutput, Role, UserError
@@ -35,6 +35,7 @@ class AdapterLayer(nn.Module):
         self.task_ids = task_ids
         self.enabled = True
         self.original: Tensor | None = None  # `base_weight` before merging; a plain attribute, so that no checkpoint holds it
+        self.packed: tuple[nn.Module, ...] = ()  # the quantised base layer, while a dequantised copy with the adapter in it stands there
 
     @property
     def in_features(self) -> int:
@@ -46,8 +47,10 @@ class AdapterLayer(nn.Module):
 
     @property
     def base_weight(self) -> Tensor:
-        """The weight of the base layer as (out_features, in_features), whichever way it lies: a view."""
-        weight = self.base_layer.weight
+        """The weight of the base layer as (out_features, in_features), a view whichever way it lies; of a quantised one what it applies."""
+        if is_quantised(self.base_layer):
+            return applied_weight(self.base_layer)
+        weight: Tensor = self.base_layer.weight
         return weight.T if self.transposed else weight
 
     @property
@@ -57,7 +60,7 @@ class AdapterLayer(nn.Module):
 
     @property
     def merged(self) -> bool:
-        return self.original is not None
+        return self.original is not None or bool(self.packed)
 
     @property
     def adds(self) -> bool:
@@ -82,6 +85,11 @@ class AdapterLayer(nn.Module):
         """Auxiliary losses, () each and weighted, of the forward just done; {} for most. They are averaged over the layers."""
         return {}
 
+    def store_as(self, dtype: torch.dtype) -> None:
+        """Keep the adapter's parameters in another dtype; what was drawn for them is rounded once."""
+        for _, parameter in self.adapter_parameters():
+            parameter.data = parameter.data.to(dtype)
+
     def adapter_parameters(self) -> list[tuple[str, nn.Parameter]]:
         """The adapter's own parameters by name inside the layer."""
         return [(name, p) for name, p in self.named_parameters() if name.startswith(self.adapter_prefix)]
@@ -90,21 +98,25 @@ class AdapterLayer(nn.Module):
 def inject(
     model: nn.Module, targets: str | Sequence[str], exclude: str | None, wrap: Callable[[str, nn.Module, TaskIds], AdapterLayer],
     tasks: Sequence[str] = (), modules_to_save: Sequence[str] = (), train_bias: str = "none", embeddings: bool = False,
+    allow_tied: bool = False,
 ) -> dict[str, Any]:  # fmt: skip
     """Wrap each chosen module in place and freeze the model's own parameters; an adapter on other modules goes on learning beside it.
 
     targets, exclude: see `components.adapters.base.targets.select_modules`. wrap: builds the layer from the module's name, the module and
     the shared TaskIds. tasks: their names; the ids of a batch (`Batch.task_ids`) are read before each forward. modules_to_save: endings of
     the names of modules that are trained in full, in their own dtype, and stored with the adapter. train_bias: `none`, `adapted` (biases
-    of the wrapped modules) or `all`. embeddings: whether an nn.Embedding can be wrapped.
+    of the wrapped modules) or `all`. embeddings: whether an nn.Embedding can be wrapped. allow_tied: whether a module may be wrapped that
+    shares its weight with another; the adapter acts in its place alone, and cannot be merged.
     Returns {'trainable', 'total', 'percent', 'modules': {name: adapter parameters}}.
-    Raises UserError as `select_modules` does, when a chosen module has an adapter already or shares its weight with another module, and
-    when one to be trained in full has an adapter; the model is then unchanged.
+    Raises UserError as `select_modules` does, when a chosen module has an adapter already or shares its weight (see allow_tied), and when
+    one to be trained in full has an adapter or shares its weight; the model is then unchanged.
     """
     roles = base_roles(model)
     names = selected(model, targets, exclude, embeddings)
     _refuse_double(model, names)
-    _refuse_tied(model, names, "adapter.targets", "adapter.exclude")
+    if not allow_tied and (tied := tied_to(model, names)) is not None:  # the wrapper would act in one place only
+        remedy = "leave it out by adapter.exclude, or set adapter.allow_tied=true"
+        raise UserError(f"adapter.targets: {tied[0]} shares its weight with {tied[1]}; {remedy}")
     in_full = _trained_in_full(model, names, modules_to_save, train_bias)
     stored = {id(p) for p in (*in_full, *(model.get_parameter(name) for name in _names_in_full(model)))}
     holder = _shared_ids(model, tasks)
@@ -230,66 +242,6 @@ def load_adapter_state(model: nn.Module, state: dict[str, Tensor], source: str) 
             own[name].copy_(tensor)
 
 
-@torch.no_grad()
-def merge(model: nn.Module, task: int | str | None = None) -> dict[str, float]:
-    """Put every adapter into its base weight, computed in float32 and cast once. Merged layers are left as they are.
-
-    task: name or id, needed where there are several. Keeps a copy of each weight, so that `unmerge` restores every bit. Returns {'modules':
-    count merged, 'max_rounding': the largest amount lost to the weight's dtype}. Raises UserError, before changing anything, for a weight
-    that is quantised or not finite, a missing or unknown task, another than the one that is merged, and an adapter that cannot be merged.
-    """
-    chosen = _task_to_merge(model, task)
-    pending = [(name, layer) for name, layer in adapter_layers(model) if not layer.merged]
-    for name, layer in pending:
-        if not layer.base_layer.weight.is_floating_point():
-            kind = layer.base_layer.weight.dtype
-            raise UserError(f"adapter.merge: true, but the weight of {name} is quantised ({kind}); run it unmerged, or dequantise it first")
-        if not torch.isfinite(layer.merged_weight(chosen)).all():
-            raise UserError(f"adapter.merge: the adapter of {name} holds NaN or infinity; nothing was merged")
-    lost = 0.0
-    for _, layer in pending:
-        weight = layer.base_weight
-        exact = layer.merged_weight(chosen)
-        layer.original = weight.detach().clone()
-        weight.copy_(exact)
-        lost = max(lost, (exact - weight).abs().max().item())
-    if pending:
-        pending[0][1].task_ids.merged = chosen  # of the holder that all share
-    return {"modules": len(pending), "max_rounding": lost}
-
-
-def _task_to_merge(model: nn.Module, task: int | str | None) -> int | None:
-    """Id of the task to merge; None where the adapter has no tasks."""
-    holder = task_ids(model)
-    if holder is None or not len(holder):
-        if task is not None:
-            raise UserError(f"adapter.task: {task!r}, but the adapter has no tasks; drop it")
-        return None
-    if task is None and len(holder) > 1:
-        raise UserError(
-            f"adapter.merge: true, and the adapter has {len(holder)} tasks ({', '.join(holder.names)}); say which by adapter.task"
-        )
-    chosen = holder.index(0 if task is None else task)
-    if chosen < 0:
-        raise UserError(f"adapter.task: {chosen} means no adapter; there is nothing to merge")
-    if holder.merged is not None and holder.merged != chosen:
-        raise UserError(f"adapter.task: {holder.names[chosen]!r}, but {holder.names[holder.merged]} is merged already; unmerge it first")
-    said = holder.said[0]
-    if said is not None and bool((said != chosen).any()):
-        raise UserError(f"adapter.task: {holder.names[chosen]!r} is to be merged, but the ids that were set mean other tasks; set it first")
-    return chosen
-
-
-@torch.no_grad()
-def unmerge(model: nn.Module) -> None:
-    """Undo `merge`: every base weight is bit for bit what it was."""
-    for _, layer in adapter_layers(model):
-        if layer.original is not None:
-            layer.base_weight.copy_(layer.original)
-            layer.original = None
-            layer.task_ids.merged = None
-
-
 def unwrap(model: nn.Module) -> None:
     """Put every base layer back in the place of its wrapper and make all parameters trainable; what `merge` added stays."""
     for name, layer in list(adapter_layers(model)):
@@ -349,16 +301,28 @@ def _refuse_double(model: nn.Module, names: Sequence[str]) -> None:
             raise UserError(f"adapter.targets: {name} has an adapter already; apply one adapter to a module")
 
 
-def _refuse_tied(model: nn.Module, names: Sequence[str], key: str, remedy: str) -> None:
-    """A wrapper over a weight that another module reads would act in one place only; and a weight is stored under one name."""
+def tied_to(model: nn.Module, names: Sequence[str]) -> tuple[str, str] | None:
+    """The first of these modules that shares a parameter with another, and that other one; None where all have their own.
+
+    A model whose head reads the embedding without a module of its own says so by `head_weight`.
+    """
+    if (pair := _same_parameter(model, names)) is not None:
+        return pair
+    read = getattr(model, "head_weight", None)
+    owner = next((name for name in names if any(p is read for p in model.get_submodule(name).parameters(recurse=False))), None)
+    return None if owner is None or base_roles(model).get(f"{owner}.weight") == "head" else (owner, "the head")
+
+
+def _same_parameter(model: nn.Module, names: Sequence[str]) -> tuple[str, str] | None:
+    """The first of these modules that holds the parameter of another module too, and that one."""
     chosen = set(names)
     owners: dict[int, str] = {}
     for name, module in model.named_modules(remove_duplicate=False):
         for parameter in module.parameters(recurse=False):
             other = owners.setdefault(id(parameter), name)
             if other != name and (name in chosen or other in chosen):
-                tied = name if name in chosen else other
-                raise UserError(f"{key}: {tied} shares its weight with {other if tied == name else name}; leave it out by {remedy}")
+                return (name, other) if name in chosen else (other, name)
+    return None
 
 
 def _trained_in_full(
@@ -372,7 +336,8 @@ def _trained_in_full(
             if f"{other}.".startswith(f"{name}.") or f"{name}.".startswith(f"{other}."):
                 raise UserError(f"adapter.modules_to_save: {name} hits {other}, which has an adapter; train a module in one way")
         inside = [f"{name}.{inner}" if inner else name for inner, _ in model.get_submodule(name).named_modules()]
-        _refuse_tied(model, inside, "adapter.modules_to_save", "naming others")
+        if (tied := _same_parameter(model, inside)) is not None:  # a weight is stored under one name
+            raise UserError(f"adapter.modules_to_save: {tied[0]} shares its weight with {tied[1]}; name others")
         found |= {f"{name}.{inner}": p for inner, p in model.get_submodule(name).named_parameters()}
     if train_bias == "adapted":
         found |= {f"{name}.bias": p for name in wrapped for inner, p in model.get_submodule(name).named_parameters() if inner == "bias"}

@@ -9,7 +9,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from components.adapters.base import OFF, AdapterLayer, TaskIds, adapter_layers
-from components.adapters.base.low_rank import widen
+from components.adapters.base.low_rank import wide, widen
 from components.adapters.mixture.matrices import new_matrix
 from components.contracts import UserError
 
@@ -62,7 +62,7 @@ class TaskLayer(_GatedLayer):
     def gates(self) -> Tensor:
         """Weights of the experts for every task, (tasks, E)."""
         with torch.autocast(self.lora_gate.device.type, enabled=False):
-            return F.linear(self.lora_embedding, self.lora_gate).softmax(-1)
+            return F.linear(wide(self.lora_embedding), wide(self.lora_gate)).softmax(-1)
 
     def _by_rank(self, z_dtype: torch.dtype) -> Tensor:
         """The gates with each one as often as its expert has ranks, (tasks, r)."""
@@ -75,7 +75,8 @@ class TaskLayer(_GatedLayer):
 
     def delta_weight(self, task: int | None = None) -> Tensor:
         with torch.autocast(self.lora_A.device.type, enabled=False):
-            return self.scale * ((self.lora_B * self._by_rank(self.lora_B.dtype)[task or 0]) @ self.lora_A)  # (out, in)
+            a, b = wide(self.lora_A), wide(self.lora_B)
+            return self.scale * ((b * self._by_rank(b.dtype)[task or 0]) @ a)  # (out, in)
 
 
 class TokenLayer(_GatedLayer):
@@ -103,7 +104,8 @@ class TokenLayer(_GatedLayer):
     def gates(self, x: Tensor, off: Tensor | None = None) -> Tensor:
         """Weights of the experts for x (..., in): (..., E), float32 or wider. off: broadcasts to (...), tokens that no loss counts."""
         with torch.autocast(x.device.type, enabled=False):
-            logits = F.linear(x.to(self.lora_router.dtype), self.lora_router)
+            router = wide(self.lora_router)
+            logits = F.linear(x.to(router.dtype), router)
             p = logits.softmax(-1)
             best, chosen = logits.topk(self.top_k or 1)
             if self.training and torch.is_grad_enabled():

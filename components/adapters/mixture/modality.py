@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from components.adapters.base import OFF, AdapterLayer, TaskIds
+from components.adapters.base.low_rank import wide
 from components.adapters.mixture.matrices import new_matrix
 from kernels.lora_grouped import Segments, lora_grouped, segments
 
@@ -41,7 +42,7 @@ class RowChoice:
 class ModalityLayer(AdapterLayer):
     """y = W x + s_e B_e A_e dropout_e(x) with e the expert of the token's mode; y = W x, bit for bit, where the mode has none.
 
-    Every expert has its own rank, scale and dropout. One that no token of a batch uses gets no gradient, so no optimizer moves it.
+    experts: {name: {r, scale, dropout}}, each its own. One that no token of a batch uses gets no gradient, so no optimizer moves it.
     """
 
     adapter_prefix = "lora_"
@@ -58,7 +59,7 @@ class ModalityLayer(AdapterLayer):
         for name in experts:
             self.lora_A[name].requires_grad_(name in train)
             self.lora_B[name].requires_grad_(name in train)
-        self.scales = [e["alpha"] / e["r"] for e in experts.values()]
+        self.scales = [float(e["scale"]) for e in experts.values()]
         self.dropouts = [float(e["dropout"]) for e in experts.values()]
 
     @property
@@ -89,7 +90,7 @@ class ModalityLayer(AdapterLayer):
     def delta_weight(self, task: int | None = None) -> Tensor:
         expert = self.choice.rules[task or 0]
         if expert == OFF:
-            return torch.zeros_like(self.base_weight, dtype=self.dtype)
-        a, b = (side[self.names[expert]] for side in (self.lora_A, self.lora_B))
+            return wide(self.lora_A[self.names[0]]).new_zeros(self.out_features, self.in_features)
+        a, b = (wide(side[self.names[expert]]) for side in (self.lora_A, self.lora_B))
         with torch.autocast(a.device.type, enabled=False):
             return self.scales[expert] * (b @ a)  # (out, in)

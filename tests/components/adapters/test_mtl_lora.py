@@ -197,13 +197,13 @@ def test_autocast():
 def test_start_is_the_published_one():
     """A uniform within 1/sqrt(in), w within 1/sqrt(n), Lambda the identity; w can start at an even mixture."""
     model = nn.ModuleDict({"w": nn.Linear(400, 10)})
-    mtl_lora(targets=["w"], r=50, n_up=3, tasks=[f"t{i}" for i in range(300)]).apply(model)
+    mtl_lora(targets=["w"], r=50, n_up=3, split_fused=False, tasks=[f"t{i}" for i in range(300)]).apply(model)
     layer = model["w"]
     for p, limit in ((layer.lora_A, 1 / 20), (layer.lora_B_w, 1 / math.sqrt(3))):
         assert p.abs().max() <= limit and p.std().item() == pytest.approx(limit / math.sqrt(3), rel=0.05)
     assert torch.equal(layer.lora_lambdas, torch.eye(50).expand(300, 50, 50)) and not layer.lora_B.any()
     even = nn.ModuleDict({"w": nn.Linear(4, 4)})
-    mtl_lora(targets=["w"], w_init="zeros").apply(even)
+    mtl_lora(targets=["w"], w_init="zeros", split_fused=False).apply(even)
     assert torch.equal(even["w"].shares(), torch.full((3, 3), 1 / 3))
 
 

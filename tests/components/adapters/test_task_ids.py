@@ -124,7 +124,7 @@ class Causal(nn.Module):
 def test_a_batch_brings_its_ids_and_one_without_goes_by_what_was_set():
     """The ids of a batch are never those of the next: that would be a silent mistake."""
     model = Causal()
-    mtl_lora(tasks=list(NAMES), targets=["o_proj"]).apply(model)
+    mtl_lora(tasks=list(NAMES), targets=["o_proj"], split_fused=False).apply(model)
     awaken(model)
     chosen = torch.tensor([2, 0, 1])
     by_batch = model(Batch(ids(), task_ids=chosen)).hidden
@@ -212,7 +212,7 @@ def test_two_adapters_side_by_side_must_have_the_same_tasks():
 def test_one_holder_whichever_adapter_comes_first_and_no_task_answers_for_another():
     model = nn.ModuleDict({"a": nn.Linear(4, 4), "b": nn.Linear(4, 4)})
     lora(targets=["a"]).apply(model)
-    mtl_lora(targets=["b"], tasks=("one", "two")).apply(model)
+    mtl_lora(targets=["b"], tasks=("one", "two"), split_fused=False).apply(model)
     holder = task_ids(model)
     assert all(layer.task_ids is holder for _, layer in adapter_layers(model))
     holder.set("two")

@@ -137,7 +137,7 @@ def export(
         if any(layer.merged for _, layer in adapter_layers(run.model)):
             raise UserError("task.adapter: keep, but adapter.merge: true puts the adapter into the weights; drop one of them")
         kept = interop().kept_adapters(build.build(run.cfg.adapter), run.model.cpu().eval(), task)
-        spoken = {name: probe_as(run.model, kept.tasks.get(name)) for name in kept.loras}
+        spoken = {name: probe_as(widened(run.model), kept.tasks.get(name)) for name in kept.loras}
         unwrap(run.model)
     model = without_adapter(run, None if kept is not None else task).cpu().eval()
     further = [i for i in run.tokenizer.stop_ids if i != run.tokenizer.eot_id]
@@ -169,7 +169,7 @@ def export(
             interop().write_adapters(folder / "adapters", kept, names, theirs, str(to))
             for name, expected in spoken.items():
                 adapted = interop().read_back(folder / "adapters", kept, name, names, theirs, copy.deepcopy(again))
-                check_close(expected, probe(adapted.eval()), to / "adapters" / name)
+                check_close(expected, probe(widened(adapted.eval())), to / "adapters" / name)
     return Exported(len(source.tensors), notes(spec, layout, engine), usage(to, layout, engine, spec, list(spoken)))
 
 
@@ -235,6 +235,14 @@ def check_close(ours: list[Any], theirs: list[Any], to: Path) -> None:
     for one, other in zip(ours, theirs, strict=True):
         if not (one - other).abs().max() <= ROUNDINGS * torch.finfo(one.dtype).eps * one.abs().max():
             raise RuntimeError(f"{to}: the logits differ after reading it back")
+
+
+def widened(model: Any) -> Any:
+    """A copy in float32 where the weights are narrower: rounding to bfloat16 would hide what an adapter adds."""
+    import torch
+
+    narrow = any(torch.finfo(p.dtype).bits < 32 for p in model.parameters() if p.is_floating_point())
+    return copy.deepcopy(model).float() if narrow else model
 
 
 def probe(model: Any) -> list[Any]:

@@ -18,7 +18,7 @@ from omegaconf import DictConfig, OmegaConf
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
-from components.adapters.base import merge, task_ids
+from components.adapters.base import merge, task_ids, tasks_to_say
 from components.contracts import Completion, Diagnostics, Engine, Prompt, SamplingParams, UserError
 from components.decoding.rounds import Method
 from components.decoding.sampling import check_params
@@ -80,7 +80,7 @@ def generate(config: DictConfig, out_dir: Path) -> dict[str, float]:
 
     def another(path: str) -> Context:
         other = load_run(resolve_checkpoint(path, Path(config.paths.root), cache_dir))
-        if len(task_ids(other.model) or ()) > 1:
+        if tasks_to_say(other.model):
             choose_task(other, config.adapter.task, False)
         cast(torch.nn.Module, other.model).to(device(config.device))
         return dataclasses.replace(context, source=other, engine=build_engine(config.engine, other, cache_dir, config.adapter.task))
@@ -121,9 +121,9 @@ def choose_task(run: Run, task: str | int | None, asks_every_task: bool) -> None
         if holder is None or not names:
             raise UserError(f"adapter.task: {task!r}, but {run.path} was trained without an adapter that has tasks; drop the override")
         holder.set(holder.index(task))
-    elif len(names) > 1 and not asks_every_task:
+    elif (several := tasks_to_say(run.model)) and not asks_every_task:
         raise UserError(
-            f"adapter.task: null, and the adapter of {run.path} has {len(names)} tasks; say which: adapter.task={' | '.join(names)}"
+            f"adapter.task: null, and the adapter of {run.path} has {len(several)} tasks; say which: adapter.task={' | '.join(several)}"
         )
 
 

@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+import inspect
 from dataclasses import dataclass
+from fnmatch import fnmatch
 from pathlib import Path
 from typing import Any
 
 from omegaconf import DictConfig, OmegaConf
 
-from components.adapters.base import adapter_layers, merge, task_ids, unwrap
+from components.adapters.base import adapter_layers, adapter_state, by_token, load_adapter_state, merge, task_ids, tasks_to_say, unwrap
 from components.contracts import Data, Tokenizer, UserError
 from components.data.tokenizers import Tokenizer as SavedTokenizer
 from framework import build, runtime
@@ -38,7 +40,7 @@ def build_parts(config: DictConfig, run_dir: Path, resuming: bool) -> Parts:
     own = run_dir / "tokenizer"
     given = source.tokenizer if source is not None else SavedTokenizer.load(own) if resuming and own.is_dir() else None
     data.prepare(cache_dir, given)
-    model = start_model(config, data.tokenizer, source)
+    model = start_model(config, data.tokenizer, source, fresh=file is None)
     model.train()
     model.gradient_checkpointing = bool(config.gradient_checkpointing)
     if file is not None and (difference := mismatch(model, model_weights(read_checkpoint(file)))):
@@ -49,24 +51,68 @@ def build_parts(config: DictConfig, run_dir: Path, resuming: bool) -> Parts:
     return Parts(data, data.tokenizer, model, file, checkpoint_step(file) if file is not None else 0, data_state)
 
 
-def start_model(config: DictConfig, tokenizer: Tokenizer, source: build.Run | None) -> Any:
+def start_model(config: DictConfig, tokenizer: Tokenizer, source: build.Run | None, fresh: bool) -> Any:
     """The model with its adapter: a fresh one, or that of the run of `ckpt=`, whose head then stands in the configuration too.
 
-    What an adapter of that run learned goes into the weights, and a new adapter begins; but one with several tasks, which no weights can
-    hold, is gone on with where the configuration has the same. Raises UserError where it has another.
+    What an adapter of that run learned goes into the weights, and a new adapter begins; but one that no weights can hold, since it has
+    several tasks or weighs its parts by the token, is gone on with. Raises UserError where the configuration has another.
+    fresh: the weights are not those of a checkpoint that is to be read; `adapter_from` says where a new adapter starts then.
     """
+    adapter, given = build.build(config.adapter), config.get("adapter_from")
+    if given is not None and not hasattr(adapter, "load"):
+        raise UserError(f"adapter_from: {given}, but this run has no adapter; choose one by adapter=NAME")
     if source is None:
         model = build.build_model(config, tokenizer.vocab_size)
     else:
         model = source.model
         config.model.vocab_size = model.vocab_size
-        holder = task_ids(model)
-        if holder is not None and len(holder) > 1 and build.plain(config.adapter) == build.plain(source.cfg.adapter):
-            say(f"ckpt: going on with the adapter of {source.path} and its {len(holder)} tasks")
+        if (tasks_to_say(model) or by_token(model)) and config.adapter.get("_target_") == source.cfg.adapter.get("_target_"):
+            if given is not None:
+                raise UserError(f"adapter_from: {given}, but the adapter of {source.path} is gone on with; drop one of the two")
+            go_on(model, adapter, config, source)
             return model
         model = without_adapter(source)
-    build.build(config.adapter).apply(model)
+    adapter.apply(model)
+    if given is not None and fresh:
+        adapter.load(model, given)
+        say(f"adapter_from: the adapter starts from {given}")
     return model
+
+
+def go_on(model: Any, adapter: Any, config: DictConfig, source: build.Run) -> None:
+    """Put the configuration's `adapter` in the place of the source's, with what that one learned.
+
+    Keys that the adapter lists in `may_change` (dotted, * for a name) may differ; they decide how it learns and not what its tensors mean.
+    Those of `may_add` may come to it.
+    Raises UserError for any other difference, and for tasks that the adapter cannot take over.
+    """
+    before, now = (flat(build.plain(c.adapter)) for c in (source.cfg, config))
+    older = {key: p.default for key, p in inspect.signature(type(adapter)).parameters.items() if p.default is not p.empty}  # keys to come
+    free, new = getattr(adapter, "may_change", ()), getattr(adapter, "may_add", ())
+    for key in dict.fromkeys([*before, *now]):
+        same = now.get(key) == before.get(key, older.get(key)) or not (now.get(key) or before.get(key, older.get(key)))
+        if not same and not any(fnmatch(key, pattern) for pattern in (*free, *(new if key not in before else ()))):
+            raise UserError(
+                f"adapter.{key}: {now.get(key)}, but the adapter of {source.path}, which is gone on with, has {before.get(key)}; "
+                f"keys that may change are {', '.join(free) or 'none'}; or write the weights of one task by python generate.py task=export "
+                f"adapter.task=NAME ckpt={source.path} and start from that folder"
+            )
+    names = getattr(task_ids(model), "names", ())
+    state = {name: tensor.clone() for name, tensor in adapter_state(model).items()}
+    unwrap(model)
+    adapter.apply(model)
+    if hasattr(adapter, "take_over"):
+        adapter.take_over(model, state, names, str(source.path))
+    else:
+        load_adapter_state(model, state, str(source.path))
+    say(f"ckpt: going on with the adapter of {source.path}" + (f" and its {len(names)} tasks" if tasks_to_say(model) else ""))
+
+
+def flat(tree: Any, stem: str = "") -> dict[str, Any]:
+    """Leaves of nested mappings by dotted key; an empty mapping is a leaf."""
+    if not isinstance(tree, dict) or not tree:
+        return {stem.removesuffix("."): tree}
+    return {key: value for name, inner in tree.items() for key, value in flat(inner, f"{stem}{name}.").items()}
 
 
 def without_adapter(run: build.Run, task: str | int | None = None) -> Any:
@@ -75,10 +121,14 @@ def without_adapter(run: build.Run, task: str | int | None = None) -> Any:
     Raises:
         UserError: the adapter has several tasks and none was named, or it cannot be merged.
     """
-    holder = task_ids(run.model)
-    if task is None and holder is not None and len(holder) > 1:
+    if by_token(run.model):
         raise UserError(
-            f"ckpt: {run.path} has an adapter with {len(holder)} tasks ({', '.join(holder.names)}), each with weights of its own; go on "
+            f"ckpt: {run.path} has an adapter that weighs its parts anew for each token, which no weights can hold; go on with the same "
+            "adapter, or start from the run that it was trained on"
+        )
+    if task is None and (several := tasks_to_say(run.model)):
+        raise UserError(
+            f"ckpt: {run.path} has an adapter with {len(several)} tasks ({', '.join(several)}), each with weights of its own; go on "
             "with the same adapter and tasks, or write the weights of one by python generate.py task=export adapter.task=NAME "
             f"ckpt={run.path} and start from that folder"
         )

@@ -18,7 +18,7 @@ import torch
 from omegaconf import DictConfig, OmegaConf
 from torch import Tensor
 
-from components.adapters.base import task_ids
+from components.adapters.base import tasks_to_say
 from components.contracts import IGNORE, Batch, Data, Tokenizer, UserError
 from framework import build, runtime
 from framework.estimate import count_parameters
@@ -99,10 +99,9 @@ def check_procedure(config: DictConfig, parts: Parts) -> None:
 
 def refuse_several_tasks(parts: Parts) -> None:
     """Raise UserError for an adapter with several tasks, which is several models."""
-    holder = task_ids(parts.model)
-    if holder is not None and len(holder) > 1:
+    if tasks := tasks_to_say(parts.model):
         raise UserError(
-            f"adapter: it has {len(holder)} tasks ({', '.join(holder.names)}), and this task works on one model; write that of one by "
+            f"adapter: it has {len(tasks)} tasks ({', '.join(tasks)}), and this task works on one model; write that of one by "
             "python generate.py task=export adapter.task=NAME ckpt=RUN_DIR, and take that folder as ckpt"
         )
 

@@ -17,7 +17,7 @@ from omegaconf import DictConfig, OmegaConf
 from rich.console import Console
 from rich.table import Table
 
-from components.adapters.base import may_rest, task_ids
+from components.adapters.base import may_rest, tasks_to_say
 from components.adapters.base.sharing import sharing
 from components.contracts import Batch, UserError
 from components.optim.groups import describe
@@ -213,9 +213,8 @@ class Session:
                 say(line)
         if profile := profile_of(self.trainer):
             say(profile)
-        holder = task_ids(self.parts.model)
-        if holder is not None and len(holder) > 1:
-            say(f"next: python generate.py ckpt={self.run_dir} adapter.task={holder.names[0]} prompt='...'   (or another of the tasks)")
+        if tasks := tasks_to_say(self.parts.model):
+            say(f"next: python generate.py ckpt={self.run_dir} adapter.task={tasks[0]} prompt='...'   (or another of the tasks)")
             return metrics
         say(f"next: python generate.py ckpt={self.run_dir} prompt='...'")
         say(f"or:   python train.py ckpt={self.run_dir} data=text data.path=FILE   (go on from these weights on text of your own)")

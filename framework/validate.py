@@ -69,6 +69,7 @@ RUN_KEYS: dict[str, Any] = {
     "name": str | int | float,
     "tags": list[str],
     "ckpt": str | None,
+    "adapter_from": str | None,
     "resume": str | None,
     "resume_force": bool,
     "optimized_metric": str,

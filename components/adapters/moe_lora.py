@@ -12,7 +12,7 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Literal
 
-from torch import nn
+from torch import Tensor, nn
 
 from components.adapters.base import OFF, TaskIds, adapter_layers, adapter_state, load_adapter_state, task_ids
 from components.adapters.base.low_rank import FREE, PEFT_BIAS, LowRankAdapter, check_lora, check_patterns, of_module
@@ -143,6 +143,24 @@ class MoELoRA(LowRankAdapter):
             raise UserError(f"adapter.rules: modes {', '.join(self.rules)}, but the tasks of the data are {', '.join(self.tasks)}")
         if not self.train:
             raise UserError(f"adapter.train: []; null for all experts, or some of {', '.join(self.experts)}")
+
+    @property
+    def may_change(self) -> tuple[str, ...]:
+        """Keys that may differ where an adapter is gone on with: how it learns, and which modes there are, which no tensor knows of."""
+        return ("dropout", "train", "aux.*", "experts.*.dropout", *(("tasks",) if self.router == "modality" else ()))
+
+    @property
+    def may_add(self) -> tuple[str, ...]:
+        """Keys that may come to an adapter that is gone on with: further experts and modes."""
+        return ("experts.*", "rules.*") if self.router == "modality" else ()
+
+    def take_over(self, model: nn.Module, state: dict[str, Tensor], names: Sequence[str], source: str) -> None:
+        """Go on with an adapter of the same shape; experts that it lacks begin anew. model: wrapped by `apply`.
+
+        state, names: its tensors by parameter name, and its tasks. source: what to blame in a UserError.
+        """
+        begun = adapter_state(model) if self.router == "modality" else {}
+        load_adapter_state(model, {**begun, **state}, source)
 
     def apply(self, model: nn.Module) -> dict[str, Any]:
         """Wrap the targets in place and freeze the rest; the model's outputs do not change. See `components.adapters.base.inject`."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import difflib
 import math
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -10,7 +11,16 @@ from typing import Any, Literal
 import torch
 from torch import Tensor, nn
 
-from components.adapters.base import OFF, AdapterLayer, TaskIds, adapter_layers, adapter_state, load_adapter_state, task_ids
+from components.adapters.base import (
+    OFF,
+    AdapterLayer,
+    TaskIds,
+    adapter_layers,
+    adapter_state,
+    count_parameters,
+    load_adapter_state,
+    task_ids,
+)  # fmt: skip
 from components.adapters.base.fused import check_fused, fused_rows
 from components.adapters.base.low_rank import LowRankAdapter, parameter_options, wide, widen
 from components.adapters.base.peft_files import read_folder, write_folder
@@ -64,15 +74,19 @@ class MTLLoRALayer(AdapterLayer):
         old: Tensor = getattr(self, key)
         return torch.cat([old, getattr(self, f"{key}_new")]) if hasattr(self, f"{key}_new") else old
 
-    def add_row(self, source: int | None) -> None:
-        """Freeze the layer but for a new last row of what each task has, a copy of the row `source`, or the mean of all."""
+    def set_apart(self, first: int, rows: Mapping[str, Tensor] | None = None) -> None:
+        """Freeze the layer but for what the tasks from `first` on have of their own. rows: by key, in the place of those there are."""
         self.requires_grad_(False)
         for key in PER_TASK:
             if hasattr(self, key):
-                rows = self.rows(key).detach()
-                setattr(self, key, nn.Parameter(rows, requires_grad=False))
-                new = rows.mean(0, keepdim=True) if source is None else rows[source : source + 1].clone()
-                setattr(self, f"{key}_new", nn.Parameter(new))
+                every = self.rows(key).detach() if rows is None else rows[key]
+                setattr(self, key, nn.Parameter(every[:first].clone(), requires_grad=False))
+                setattr(self, f"{key}_new", nn.Parameter(every[first:].clone()))
+
+    def add_row(self, source: int | None) -> None:
+        """A new last row of what each task has, a copy of the row `source` or the mean of all; all else is frozen."""
+        rows = {key: self.rows(key).detach() for key in PER_TASK if hasattr(self, key)}
+        self.set_apart(len(self.rows("lora_B_w")), {key: torch.cat([old, _start(old, source)]) for key, old in rows.items()})
 
     def shares(self) -> Tensor:
         """Weights of the mixtures: (T, n) float32 or wider, each row sums to 1."""
@@ -143,9 +157,12 @@ class MTLLoRA(LowRankAdapter):
     n_up: up-projections B_i, >= 1. tau: temperature of their mixture, > 0; small is nearly one B a task. lambda_type: the matrix inside the
     rank is full, diagonal or left out. w_init: `uniform` as published, or `zeros`, an even mixture. tasks: their names; the order fixes the
     ids of a batch, and a folder is read by the names. split_fused: each block of a fused projection has its own Lambda; fused: the blocks,
-    where the model does not say them itself, see `components.adapters.base.fused`. The rest is as in `LowRankAdapter`. Raises UserError
-    for values out of range.
+    where the model does not say them itself, see `components.adapters.base.fused`. train: the last of the tasks, whose own rows alone are
+    trained, while all else keeps every bit; None: everything. new_from: where tasks begin that the adapter which is gone on with lacks, at
+    the mean of its tasks or at one. The rest is as in `LowRankAdapter`. Raises UserError for values out of range.
     """
+
+    may_change = ("dropout", "tasks", "train", "new_from")  # of an adapter that is gone on with
 
     def __init__(
         self, r: int, alpha: float, dropout: float, targets: str | Sequence[str], exclude: str | None, use_rslora: bool,
@@ -154,6 +171,7 @@ class MTLLoRA(LowRankAdapter):
         w_init: Literal["uniform", "zeros"], tasks: Sequence[str], split_fused: bool,
         fused: Mapping[str, Sequence[str | int]] | None = None,
         dtype: Literal["float32", "bfloat16", "float16", "float64"] | None = None, allow_tied: bool = False,
+        train: Sequence[str] | None = None, new_from: str = "mean",
     ) -> None:  # fmt: skip
         super().__init__(
             r, alpha, dropout, targets, exclude, use_rslora, rank_pattern, alpha_pattern, modules_to_save, train_bias, dtype, allow_tied
@@ -167,9 +185,14 @@ class MTLLoRA(LowRankAdapter):
                 raise UserError(f"adapter.{key}: {value!r}; allowed are {', '.join(allowed)}")
         if not tasks:
             raise UserError("adapter.tasks: []; name at least one task")
+        if train is not None and (not 0 < len(train) < len(tasks) or list(train) != list(tasks[-len(train) :])):
+            raise UserError(
+                f"adapter.train: {', '.join(train) or '[]'}; null for everything, or the last of the tasks {', '.join(tasks)}, but not all"
+            )
         check_fused(fused or {})
         if fused and not split_fused:
             raise UserError("adapter.fused: set, but adapter.split_fused=false splits nothing; drop one of them")
+        self.train, self.new_from = train, new_from
         self.n_up = n_up
         self.tau = tau
         self.lambda_type = lambda_type
@@ -189,7 +212,13 @@ class MTLLoRA(LowRankAdapter):
             rows = splits.get(name, ())
             return MTLLoRALayer(base, ids, r, scale, self.dropout, self.n_up, self.tau, self.lambda_type, self.w_init, rows)
 
-        return self.wrap_targets(model, wrap, self.tasks)
+        report = self.wrap_targets(model, wrap, self.tasks)
+        if not self.train:
+            return report
+        model.requires_grad_(False)
+        for _, layer in _layers(model):
+            layer.set_apart(len(self.tasks) - len(self.train))
+        return count_parameters(model)
 
     def _shape(self) -> dict[str, Any]:
         """What a folder must agree on, by its names in the configuration."""
@@ -198,10 +227,7 @@ class MTLLoRA(LowRankAdapter):
 
     def save(self, model: nn.Module, folder: Path | str) -> None:
         """Write adapter_model.safetensors, with the tensors by parameter name, and adapter_config.json."""
-        state = adapter_state(model)
-        for name in [name for name in state if name.endswith("_new")]:
-            old = name.removesuffix("_new")
-            state[old] = torch.cat([state[old], state.pop(name)])
+        state = _joined(adapter_state(model))
         config = {"peft_type": "MTL_LORA", **self._shape(), "fused": _blocks(model), "dropout": self.dropout}
         config["tasks"] = list(_holder(model).names)
         write_folder(Path(folder), config, state)
@@ -209,8 +235,11 @@ class MTLLoRA(LowRankAdapter):
     def load(self, model: nn.Module, folder: Path | str) -> None:
         """Read such a folder into a model that `apply` has wrapped. Tasks go by name, so that their order may differ.
 
+        A file is taken as one of the published code, see `load_reference`.
         Raises UserError when a file is missing or unreadable, or keys, shapes, tasks, or what decides the forward pass differ.
         """
+        if Path(folder).is_file():
+            return self.load_reference(model, folder)
         config, state = read_folder(Path(folder))
         if config.get("peft_type") != "MTL_LORA":
             raise UserError(f"{folder}: peft_type is {config.get('peft_type')}; only MTL_LORA can be read by this adapter")
@@ -230,11 +259,31 @@ class MTLLoRA(LowRankAdapter):
         for name, tensor in state.items():
             if name.endswith(PER_TASK) and tensor.shape[:1] == (len(order),):
                 state[name] = tensor[order]
-        for name in [name for name in adapter_state(model) if name.endswith("_new")]:  # rows of a task that was added; `save` joins them
-            old = name.removesuffix("_new")
-            if old in state and state[old].dim():
-                state[old], state[name] = state[old][:-1], state[old][-1:]
-        load_adapter_state(model, state, str(folder))
+        load_adapter_state(model, _parted(model, state), str(folder))
+
+    def take_over(self, model: nn.Module, state: dict[str, Tensor], names: Sequence[str], source: str) -> None:
+        """Go on with an adapter of the same shape and its tasks; model: wrapped by `apply`. Tasks go by name, new ones begin at `new_from`.
+
+        state, names: its tensors by parameter name, and its tasks. source: what to blame in the UserError for tasks that this one lacks.
+        """
+        if gone := [name for name in names if name not in self.tasks]:
+            raise UserError(
+                f"adapter.tasks: {', '.join(self.tasks)}, but the adapter of {source}, which is gone on with, has {', '.join(gone)} too; "
+                "keep its tasks, others may come behind them"
+            )
+        if self.new_from not in ("mean", *names):
+            near = difflib.get_close_matches(self.new_from, names, 1)
+            raise UserError(
+                f"adapter.new_from: {self.new_from!r}; allowed are mean, and the tasks of {source}, {', '.join(names)}"
+                + (f"; did you mean {near[0]}?" if near else "")
+            )
+        start = None if self.new_from == "mean" else list(names).index(self.new_from)
+        state = _joined(state)
+        for name, rows in state.items():
+            if name.endswith(PER_TASK):
+                found = [rows[[list(names).index(task)]] if task in names else _start(rows, start) for task in self.tasks]
+                state[name] = torch.cat(found)
+        load_adapter_state(model, _parted(model, state), source)
 
     def load_reference(self, model: nn.Module, file: Path | str) -> None:
         """Read a .pt file of the published code (pUmpKin-Co/MTL-LoRA); its tasks are taken in the order of this adapter's.
@@ -251,7 +300,7 @@ class MTLLoRA(LowRankAdapter):
         for name, tensor in state.items():
             if name.endswith("lora_A") and tensor.dim() == 3 and len(tensor) == 1:
                 state[name] = tensor[0]
-        load_adapter_state(model, state, str(file))
+        load_adapter_state(model, _parted(model, state), str(file))
 
     def export_peft(self, model: nn.Module, task: int | str, folder: Path | str) -> None:
         """Write one task as a plain LoRA that PEFT and vLLM read: A as it is, B := B_t Lambda_t, same rank and scale; exact.
@@ -289,6 +338,27 @@ class MTLLoRA(LowRankAdapter):
 
 def _layers(model: nn.Module) -> list[tuple[str, MTLLoRALayer]]:
     return [(name, layer) for name, layer in adapter_layers(model) if isinstance(layer, MTLLoRALayer)]
+
+
+def _start(rows: Tensor, source: int | None) -> Tensor:
+    """The first row of a new task, (1, ...): a copy of the row `source`, or the mean of all."""
+    return rows.mean(0, keepdim=True) if source is None else rows[source : source + 1]
+
+
+def _joined(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """Tensors by name with the rows that are trained alone behind the others."""
+    apart = {name.removesuffix("_new"): tensor for name, tensor in state.items() if name.endswith("_new")}
+    return {name: torch.cat([old, apart[name]]) if name in apart else old for name, old in state.items() if not name.endswith("_new")}
+
+
+def _parted(model: nn.Module, state: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """The opposite, as this model has them."""
+    parted = dict(state)
+    for name, own in adapter_state(model).items():
+        old = name.removesuffix("_new")
+        if old != name and old in state and len(state[old].shape) == own.dim():
+            parted[old], parted[name] = state[old][: -len(own)], state[old][-len(own) :]
+    return parted
 
 
 def _blocks(model: nn.Module) -> dict[str, list[int]]:

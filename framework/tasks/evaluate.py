@@ -17,7 +17,7 @@ from omegaconf import OmegaConf
 from rich.console import Console
 from rich.table import Table
 
-from components.adapters.base import OFF, task_ids
+from components.adapters.base import OFF, task_ids, tasks_to_say
 from components.contracts import Completion, UserError
 from components.evals.base import Evaluation, Exam, Row
 from framework.build import Run, build_data
@@ -81,8 +81,8 @@ class Evaluate:
         say(f"{len(rows)} items in {seconds:.0f} s; {RESULTS}, metrics.json{shown} in {context.out_dir}")
         another, *others = [name for name in group_options("eval") if name != self.evaluation.name]
         besides = f"   (or eval={', '.join(others)})" if others else ""
-        holder = task_ids(context.run.model)
-        whose = f" adapter.task={context.task or holder.names[0]}" if holder is not None and len(holder) > 1 else ""
+        tasks = tasks_to_say(context.run.model)
+        whose = f" adapter.task={context.task or tasks[0]}" if tasks else ""
         say(f"next: python generate.py task=evaluate eval={another} ckpt={context.run.path}{whose}{besides}")
         return {**metrics, "items": float(len(rows)), "seconds": seconds}
 

@@ -8,6 +8,7 @@ from components.adapters.base.wrapping import (
     adapter_layers,
     adapter_state,
     base_roles,
+    by_token,
     count_parameters,
     disabled,
     inject,
@@ -17,6 +18,7 @@ from components.adapters.base.wrapping import (
     selected,
     set_enabled,
     task_ids,
+    tasks_to_say,
     unwrap,
 )
 
@@ -27,6 +29,7 @@ __all__ = [
     "adapter_layers",
     "adapter_state",
     "base_roles",
+    "by_token",
     "count_parameters",
     "disabled",
     "inject",
@@ -38,6 +41,7 @@ __all__ = [
     "set_enabled",
     "sharing",
     "task_ids",
+    "tasks_to_say",
     "unmerge",
     "unwrap",
 ]

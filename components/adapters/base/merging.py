@@ -20,8 +20,11 @@ def merge(model: nn.Module, task: int | str | None = None, dequantize: bool = Fa
     to the weight's dtype}. Raises UserError, before changing anything, for a weight that is quantised without dequantize, tied to another
     module's, or not finite, a missing or unknown task, another than the one that is merged, and an adapter that cannot be merged.
     """
-    chosen = _task_to_merge(model, task)
     pending = [(name, layer) for name, layer in adapter_layers(model) if not layer.merged]
+    for _, layer in pending:
+        if layer.by_token:
+            layer.delta_weight()  # it says why there is none, which no task would change
+    chosen = _task_to_merge(model, task)
     tied = tied_to(model, [f"{name}.base_layer" if name else "base_layer" for name, _ in pending])
     if tied is not None:
         place, other = (name.removesuffix(".base_layer") for name in tied)

@@ -25,6 +25,7 @@ class AdapterLayer(nn.Module):
 
     adapter_prefix: str = "adapter_"
     may_rest = False  # whether a batch may leave trained parameters of it without a gradient
+    by_token = False  # whether it weighs its parts anew for each token: it asks for no task, and no one weight does what it does
 
     def __init__(self, base_layer: nn.Module, task_ids: TaskIds) -> None:
         super().__init__()
@@ -180,6 +181,18 @@ def may_rest(model: nn.Module) -> bool:
 def task_ids(model: nn.Module) -> TaskIds | None:
     """The model's holder of task ids, or None without an adapter."""
     return getattr(model, "adapter_task_ids", None)
+
+
+def by_token(model: nn.Module) -> bool:
+    """Whether an adapter of the model weighs its parts anew for each token, so that no weights do what it does."""
+    return any(layer.by_token for _, layer in adapter_layers(model))
+
+
+def tasks_to_say(model: nn.Module) -> tuple[str, ...]:
+    """Names of the tasks of which one must be said before the model can answer; () for one at most, and where the adapter does not ask."""
+    holder = task_ids(model)
+    asked = holder is not None and len(holder) > 1 and not all(layer.by_token for _, layer in adapter_layers(model))
+    return holder.names if holder is not None and asked else ()
 
 
 def base_roles(model: nn.Module) -> dict[str, Role]:

@@ -87,6 +87,8 @@ class TokenLayer(_GatedLayer):
     best), P the mean of p, over the tokens that are not OFF. z: the mean of logsumexp(W_r x)^2 (ST-MoE, arXiv 2202.08906, eq. 5).
     """
 
+    by_token = True
+
     def __init__(
         self, base: nn.Module, task_ids: TaskIds, r: int, scale: float, dropout: float, experts: int, top_k: int | None,
         aux: Mapping[str, float],

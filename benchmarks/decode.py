@@ -38,8 +38,9 @@ from benchmarks.common import (
 from benchmarks.plots import log_log
 from components.blocks import Decoder
 from components.contracts import Batch
-from components.decode_state import DecodeState, KVCache
+from components.decode_state import DecodeState
 from components.decoding.graph_step import StaticStep
+from components.layer_state import KVCache
 from components.models.samba import Samba
 from components.rope.rules import NoRescaling
 

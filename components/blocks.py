@@ -17,7 +17,8 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from components.contracts import Batch, ModelOutput, Role, RopeRegime, RopeRule, RopeSpec, UserError
-from components.decode_state import DecodeState, KVCache, LayerState, Step
+from components.decode_state import DecodeState
+from components.layer_state import KVCache, LayerState, Step
 from kernels.rms_norm import add_rms_norm, rms_norm
 from kernels.rope import apply_rope, rope_tables
 from kernels.sliding_window import attention, cached_attention
@@ -176,7 +177,14 @@ class Block(nn.Module):
 
     def forward(self, x: Tensor, context: Context, state: LayerState | None = None) -> Tensor:
         """x: (B, T, D), the residual stream; fp32 under autocast, since it starts from fp32 embeddings."""
-        branch = self.mix(self.mixer_norm(x), context, state)
+        return self.feed(self.branch(x, context, state), x)
+
+    def branch(self, x: Tensor, context: Context, state: LayerState | None) -> Tensor:
+        """The mixer's residual branch of x (B, T, D)."""
+        return self.mix(self.mixer_norm(x), context, state)
+
+    def feed(self, branch: Tensor, x: Tensor) -> Tensor:
+        """Add the mixer's branch to the stream, then that of the MLP; all (B, T, D)."""
         if self.mlp is None or self.mlp_norm is None:
             return x + branch
         normed, x = self.mlp_norm.after(branch, x)

@@ -1,7 +1,8 @@
 """C sources of the kernels: compiled at first use for this very processor, kept in a cache, loaded once a process.
 
 The cache is $XDG_CACHE_HOME/patchbay (~/.cache/patchbay), or a folder of this process alone where that cannot be written. A file there is
-named after everything that made it: source, compiler, flags, and the processor's instruction sets, since homes are shared by machines.
+named after everything that made it: source, shared headers (kernels/include), compiler, flags, and the processor's instruction sets, since
+homes are shared by machines.
 """
 
 from __future__ import annotations
@@ -17,6 +18,7 @@ import tempfile
 import threading
 from pathlib import Path
 
+INCLUDE = Path(__file__).with_name("include")  # headers that the sources share
 FLAGS = ["-O3", "-std=gnu11", "-fPIC"]
 # Not -ffast-math: linked into a shared object it makes the whole process flush small numbers to zero.
 ARCHITECTURES: tuple[list[str], ...] = (["-march=native"], ["-mcpu=native"], [])  # the first that the compiler takes
@@ -82,20 +84,22 @@ def _compile(program: list[str], flags: list[str], libraries: list[str], source:
     with tempfile.TemporaryDirectory(dir=target.parent) as folder:
         middle, result = f"{folder}/{source.stem}.o", f"{folder}/{source.stem}.so"
         # two steps: with -fopenmp at the link, the compiler's own runtime would be bound
-        for step in ([*flags, "-c", str(source), "-o", middle], ["-shared", middle, "-o", result, *libraries]):
+        for step in ([*flags, f"-I{INCLUDE}", "-c", str(source), "-o", middle], ["-shared", middle, "-o", result, *libraries]):
             try:
                 done = subprocess.run([*program, *step], capture_output=True, text=True, timeout=120)
             except (OSError, subprocess.TimeoutExpired) as error:
                 return str(error)
             if done.returncode:
-                return (done.stderr.strip().splitlines() or [f"exit {done.returncode}"])[0]
+                lines = done.stderr.strip().splitlines() or [f"exit {done.returncode}"]
+                return next((line for line in lines if "error" in line), lines[0])
         os.replace(result, target)
     return ""
 
 
 def _fingerprint(source: Path, program: list[str], flags: list[str]) -> str:
     version = subprocess.run([*program, "--version"], capture_output=True, text=True).stdout
-    parts = [source.read_text(), os.path.realpath(program[0]), *program[1:], version, *flags, platform.machine(), _instruction_sets()]
+    texts = [file.read_text() for file in (source, *sorted(INCLUDE.glob("*.h")))]
+    parts = [*texts, os.path.realpath(program[0]), *program[1:], version, *flags, platform.machine(), _instruction_sets()]
     return hashlib.sha256("\0".join(parts).encode()).hexdigest()[:20]
 
 

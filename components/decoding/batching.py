@@ -260,7 +260,7 @@ class Batcher:
             with torch.inference_mode(False), torch.no_grad():
                 state = cast(DecodeState, self.slots).first(len(self.rows), longest - 1)
             self._live = _Live.of(cast(list[Row], list(self.rows)), state, self)
-        stale = self._live.state.stale_rows(1) if self._live.state is not None else None
+        stale = self._live.state.stale_rows(1) if self._live.state is not None and slots.bounds else None
         if stale is not None and stale.any():
             for slot in stale.nonzero().flatten().tolist():
                 row = cast(Row, self.rows[slot])

@@ -1,39 +1,41 @@
-"""A model as decoding calls it: in eval mode, without gradients, on a CPU with its weights in the layout of oneDNN."""
+"""A model as decoding calls it: in eval mode, without gradients, on a CPU with its weights packed (kernels/packed)."""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
+from functools import partial
 from typing import Any, cast
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
+from components.blocks import MLP, Attention, AttentionBlock, Block, Context, RMSNorm
 from components.contracts import Model
-
-_ROWS_HINT = 32  # rows that the layout is chosen for; any number may come
+from components.layer_state import KVCache, LayerState
+from kernels.packed import attention, linear, mlp, mlp_block, pack
 
 
 class Forward:
     """Calls a model under `quiet`, which may be entered again and again and is never left open between steps.
 
     Packed weights are copies, made here: make a new object when the model's own have changed, as a training step changes them. They take
-    the model's memory once more, and products of 8 and more rows take half the time of torch's own (32 x 256 x 1408 on one core of a
-    Zen 5: 107 us, 233 us). A row of such a product has the same bits however many rows there are; torch's own differ below 4 rows.
+    the model's memory once more. A row has the same bits however many rows there are (see kernels/packed); torch's own differ below 4 rows.
 
     Args:
         dtype: float32, or bfloat16 autocast.
-        packed: pack the plain linear layers, and the head where it is the embedding; float32 on a CPU that has oneDNN, else without effect.
+        packed: pack the plain linear layers, and the head where it is the embedding; where all of an MLP or of an attention is plain, it
+            becomes one call, with the norm before it. What a module's `constants` name, methods that depend on weights alone, is computed
+            once. For float32 on a CPU, else without effect.
     """
 
     def __init__(self, model: Model, dtype: torch.dtype = torch.float32, packed: bool = False) -> None:
         self.model, self.dtype = model, dtype
         self._module = cast(nn.Module, model)
         self.device = next(self._module.parameters()).device
-        self._linears: dict[nn.Module, Callable[[Tensor], Tensor]] = {}
+        self._packed: list[tuple[nn.Module, str, Callable[..., Tensor]]] = []  # what a method of a module is under `quiet`
         self._head: Callable[[Tensor], Tensor] = model.logits
-        if packed and dtype == torch.float32 and self.device.type == "cpu" and _can_pack():
+        if packed and dtype == torch.float32 and self.device.type == "cpu":
             self._pack()
 
     def logits(self, hidden: Tensor) -> Tensor:
@@ -48,40 +50,80 @@ class Forward:
         without_gradients = torch.no_grad() if training else torch.inference_mode()
         for module in training:
             module.training = False
-        for module, packed in self._linears.items():
-            module.__dict__["forward"] = packed
+        for module, method, packed in self._packed:
+            module.__dict__[method] = packed
+        plain = self.dtype == torch.float32 and not torch.is_autocast_enabled(self.device.type)
+        autocast = nullcontext() if plain else torch.autocast(self.device.type, self.dtype, enabled=self.dtype != torch.float32)
         try:
-            with without_gradients, torch.autocast(self.device.type, self.dtype, enabled=self.dtype != torch.float32):
+            with without_gradients, autocast:
                 yield
         finally:
-            for module in self._linears:
-                del module.__dict__["forward"]
+            for module, method, _ in self._packed:
+                del module.__dict__[method]
             for module in training:
                 module.training = True
 
+    @torch.no_grad()
     def _pack(self) -> None:
-        with torch.no_grad():
-            for module in self._module.modules():
-                if type(module) is nn.Linear and module.weight.dtype == torch.float32 and "forward" not in module.__dict__:
-                    self._linears[module] = _packed(module.weight, module.bias)
-            if getattr(self.model, "lm_head", self) is None:  # tied: no module, but a product with the embedding
-                self._head = _packed(self.model.head_weight, None)
+        modules, weights = list(self._module.modules()), dict[nn.Module, Any]()
+        for part in modules:
+            if isinstance(part, nn.Linear) and _plain(nn.Linear, part) and part.weight.dtype == torch.float32:
+                weights[part] = pack(part.weight, part.bias)
+                self._packed.append((part, "forward", _linear(weights[part])))
+
+        def own(kind: type[nn.Module], module: nn.Module | None, *names: str) -> list[Any]:
+            """The packed layers of a module of this kind; empty where it is another, or one of them is not plain."""
+            layers = [getattr(module, name) for name in names] if _plain(kind, module) else []
+            return [weights[layer] for layer in layers] if all(layer in weights for layer in layers) else []
+
+        for part in modules:
+            for name in getattr(part, "constants", ()):
+                self._packed.append((part, name, partial(_same, getattr(part, name)())))
+            if found := own(MLP, part, "gate_up_proj", "down_proj"):
+                self._packed.append((part, "forward", _mlp(*found)))
+            if not isinstance(part, Block):
+                continue
+            found = own(MLP, part.mlp, "gate_up_proj", "down_proj")
+            if found and part.mlp_norm is not None and _plain(RMSNorm, part.mlp_norm) and type(part).feed is Block.feed:
+                self._packed.append((part, "feed", _feed(part.mlp_norm, *found)))
+            found = own(Attention, part.mixer, "qkv_proj", "o_proj")
+            if found and isinstance(part, AttentionBlock) and _plain(AttentionBlock, part) and _plain(RMSNorm, part.mixer_norm):
+                self._packed.append((part, "branch", _attention(part, *found)))
+        if getattr(self.model, "lm_head", self) is None:  # tied: no module, but a product with the embedding
+            self._head = _linear(pack(self.model.head_weight))
 
 
-def _can_pack() -> bool:
-    """Whether torch has the two operators, which its own compiler uses and no documentation promises."""
-    names = ("_reorder_linear_weight", "_linear_pointwise")
-    return torch.backends.mkldnn.is_available() and all(hasattr(torch.ops.mkldnn, name) for name in names)
+def _same(value: Tensor) -> Tensor:
+    return value
 
 
-def _packed(weight: Tensor, bias: Tensor | None) -> Callable[[Tensor], Tensor]:
-    """F.linear with a weight (N, K) that is copied into oneDNN's layout."""
-    packed = cast(Any, torch.ops.mkldnn)._reorder_linear_weight(weight.detach(), _ROWS_HINT)
-    product = cast(Any, torch.ops.mkldnn)._linear_pointwise
+def _plain(kind: type[nn.Module], module: Any) -> bool:
+    """Whether a module is of this very kind; one that somebody wraps or listens to is left alone."""
+    return type(module) is kind and "forward" not in module.__dict__ and not module._forward_hooks and not module._forward_pre_hooks
 
-    def linear(x: Tensor) -> Tensor:
-        if x.dtype != torch.float32:
-            return F.linear(x, weight, bias)
-        return product(x, packed, bias, "none", [], "")
 
-    return linear
+def _linear(weight: Any) -> Callable[[Tensor], Tensor]:
+    return lambda x: linear(x, weight)
+
+
+def _mlp(gate_up: Any, down: Any) -> Callable[[Tensor], Tensor]:
+    return lambda x: mlp(x, gate_up, down)
+
+
+def _feed(norm: RMSNorm, gate_up: Any, down: Any) -> Callable[[Tensor, Tensor], Tensor]:
+    weight = norm.weight.detach()
+    return lambda branch, x: mlp_block(branch, x, (weight, norm.eps), gate_up, down)
+
+
+def _attention(block: AttentionBlock, qkv: Any, o: Any) -> Callable[..., Tensor]:
+    mixer, norm = block.mixer, (block.mixer_norm.weight.detach(), block.mixer_norm.eps)
+
+    def branch(x: Tensor, context: Context, state: LayerState | None) -> Tensor:
+        step, window = context.step, mixer.window
+        if state is None or step is None or (window is not None and not step.fresh and x.shape[1] > 1):
+            return AttentionBlock.branch(block, x, context, state)  # no cache, or a piece of a prompt that reads on in a window
+        cache = cast(KVCache, state)
+        cache.reserve(step)
+        return attention(x, norm, qkv, o, context.rope, cache.keys, cache.values, step.positions, mixer.num_heads, window, step.fresh)
+
+    return branch

@@ -12,6 +12,7 @@ from torch import Tensor
 
 from components.contracts import SamplingParams
 from components.decoding.params import check_params as check_params
+from kernels.next_token import greedy, logprobs
 
 GOLDEN = 0x9E3779B97F4A7C15  # increment of splitmix64, 2^64 / golden ratio
 MASK = (1 << 64) - 1
@@ -104,18 +105,26 @@ class RowSampling:
         penalty = None
         if any(own.repetition_penalty != 1 for own in params):
             penalty = torch.tensor([[own.repetition_penalty] for own in params], dtype=torch.float32, device=device)
-        keys = row_keys([own.seed for own in params], rows or [0] * len(params))
+        drawn = any(not kind.greedy for kind in kinds)
+        keys = row_keys([own.seed for own in params], rows or [0] * len(params)) if drawn else np.zeros(len(params), dtype=np.uint64)
         minimum = np.array([own.min_new_tokens for own in params], dtype=np.int64)
         return cls(groups, keys, penalty, minimum, tuple(tuple(ids) for ids in stops))
 
+    @property
+    def greedy(self) -> bool:
+        """Whether no row is drawn."""
+        return all(group.kind.greedy for group in self.groups)
+
     def uniforms(self, positions: Sequence[int] | np.ndarray) -> Tensor:
-        """Random numbers (B,) float64 of the rows, each at its own position: the number of tokens that it has said."""
-        return draw(self.keys, positions)
+        """Draws (B,) float64 of the rows, each at its own position: the number of tokens that it has said; zeros if all are greedy."""
+        return torch.zeros(len(self.keys), dtype=torch.float64) if self.greedy else draw(self.keys, positions)
 
     def blocked(self, blocked: Tensor, positions: Sequence[int] | np.ndarray) -> Tensor:
         """Add the stop ids of the rows that may not stop yet. blocked: (V,) or (B, V) bool. Returns it as it is where there are none."""
+        if not self.stops or not self.minimum.any():
+            return blocked
         early = np.flatnonzero(np.asarray(positions) < self.minimum)
-        if not len(early) or not self.stops:
+        if not len(early):
             return blocked
         blocked = blocked.expand(len(self.keys), -1).clone()
         for row in early:
@@ -157,6 +166,8 @@ def sample_token(
     Note: tokens that tie with the k-th largest logit are all kept; a cut among equals would depend on the sorting algorithm.
     """
     rows = params if isinstance(params, RowSampling) else RowSampling.of([params], device=logits.device)
+    if rows.greedy and rows.penalty is None:
+        return greedy(logits, blocked)
     changed = logits
     if rows.penalty is not None:
         if seen is None:
@@ -165,7 +176,7 @@ def sample_token(
     if blocked is not None:
         changed = changed.masked_fill(blocked, -torch.inf)
     ids = _choose(changed, rows, uniform)
-    return ids, logits.gather(1, ids[:, None]).squeeze(1) - logits.logsumexp(dim=-1)
+    return ids, logprobs(logits, ids[:, None]).squeeze(1)
 
 
 def alternatives(logits: Tensor, counts: Sequence[int | None]) -> list[dict[int, float] | None]:
@@ -174,9 +185,8 @@ def alternatives(logits: Tensor, counts: Sequence[int | None]) -> list[dict[int,
     logits: (B, V) float32; counts: how many of each row, None for no dict.
     """
     most = min(max((count or 0 for count in counts), default=0), logits.shape[-1])
-    values, ids = _largest(logits, most)
-    logprobs = (values - logits.logsumexp(dim=-1, keepdim=True)).tolist()
-    found = zip(counts, ids.tolist(), logprobs, strict=True)
+    _, ids = _largest(logits, most)
+    found = zip(counts, ids.tolist(), logprobs(logits, ids).tolist(), strict=True)
     return [None if count is None else dict(zip(own[:count], said[:count], strict=True)) for count, own, said in found]
 
 
@@ -194,6 +204,8 @@ def _group(kind: _Kind, params: list[SamplingParams], index: list[int] | None, d
     def column(values: list, dtype: torch.dtype) -> Tensor:
         return torch.tensor(values, dtype=dtype, device=device)[:, None]
 
+    if kind.greedy:
+        return _Group(kind, None if index is None else torch.tensor(index, device=device), *[torch.empty(0)] * 4)
     limits = torch.finfo(torch.float32)  # a temperature beyond them would be 0 or infinite, and 0/0 no number
     return _Group(
         kind,

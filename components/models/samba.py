@@ -14,9 +14,9 @@ from torch import Tensor, nn
 
 from components.blocks import MLP, Attention, AttentionBlock, Block, Context, Decoder, check_choice, check_positive
 from components.contracts import RopeRule, UserError
-from components.decode_state import LayerState, RecurrentState
+from components.layer_state import LayerState, RecurrentState, may_overwrite
 from kernels.causal_conv1d import causal_conv1d
-from kernels.selective_scan import selective_scan
+from kernels.selective_scan import selective_scan, selective_state_update
 
 _MIXERS = ("mamba", "attention", "full_attention", "mlp")
 _DT_MIN, _DT_MAX, _DT_FLOOR = 1e-3, 1e-1, 1e-4  # range of the step size dt at init, in tokens; the paper finds it insensitive
@@ -35,6 +35,8 @@ class MambaMixer(nn.Module):
     >>> MambaMixer(hidden_size=8, state_size=4, conv_kernel=4, expand=2, dt_rank=None)(torch.zeros(1, 3, 8)).shape
     torch.Size([1, 3, 8])
     """
+
+    constants = ("decay",)
 
     def __init__(self, hidden_size: int, state_size: int, conv_kernel: int, expand: int, dt_rank: int | None) -> None:
         super().__init__()
@@ -68,26 +70,22 @@ class MambaMixer(nn.Module):
         """x: (B, L, hidden); document_start: (B, L) bool, where conv and state start anew. Returns (B, L, hidden); updates `state`."""
         u, z = self.in_proj(x).chunk(2, dim=-1)  # (B, L, D) each
         taps = None if state is None else state.conv.to(u.dtype)
-        before = None if state is None else state.ssm
         u, taps = causal_conv1d(u, self.conv_weight, self.conv_bias, activation="silu", initial_state=taps, document_start=document_start)
         dt, b, c = self.x_proj(u).split([self.dt_rank, self.state_size, self.state_size], dim=-1)
-        a = -torch.exp(self.A_log.to(torch.promote_types(self.A_log.dtype, torch.float32)))  # (D, N)
-        y, after = selective_scan(
-            u,
-            self.dt_proj(dt),
-            a,
-            b,
-            c,
-            D=self.D,
-            z=z,
-            dt_bias=self.dt_bias,
-            dt_softplus=True,
-            initial_state=before,
-            document_start=document_start,
-        )
+        a = self.decay()  # (D, N)
+        inputs = {"D": self.D, "z": z, "dt_bias": self.dt_bias, "dt_softplus": True}
+        if state is not None and document_start is None and may_overwrite(state.ssm):
+            state.conv.copy_(taps)
+            return self.out_proj(selective_state_update(state.ssm, u, self.dt_proj(dt), a, b, c, **inputs))
+        before = None if state is None else state.ssm
+        y, after = selective_scan(u, self.dt_proj(dt), a, b, c, **inputs, initial_state=before, document_start=document_start)
         if state is not None:
             state.update(taps, after)
         return self.out_proj(y)
+
+    def decay(self) -> Tensor:
+        """A (D, N), at least float32."""
+        return -torch.exp(self.A_log.to(torch.promote_types(self.A_log.dtype, torch.float32)))
 
     def fused_splits(self) -> dict[str, list[int]]:
         channels = self.out_proj.in_features

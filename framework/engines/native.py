@@ -5,11 +5,11 @@ from __future__ import annotations
 import asyncio
 import logging
 import threading
-import time
 import warnings
 from collections.abc import AsyncIterable, AsyncIterator, Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
+from functools import partial
 from typing import Any, Literal, cast
 
 import torch
@@ -27,13 +27,13 @@ from components.contracts import (
     RopeSpec,
     SamplingParams,
     Tokenizer,
-    Usage,
     UserError,
 )
-from components.decoding.batching import Batcher, Reading, Row, never_said, rope_switch
+from components.decoding.batching import Batcher, Row, never_said, rope_switch
 from components.decoding.constraints import Constraints
 from components.decoding.forward import Forward
 from components.decoding.sampling import check_params
+from framework.engines.native_jobs import Job, feed
 
 log = logging.getLogger(__name__)
 
@@ -54,7 +54,7 @@ class NativeEngine:
         kv_tokens: most tokens in the caches of all rows, rows times the longest that one can come to; None: no bound but max_batch.
         context_length: most tokens of a prompt and its answer; longer requests are refused. None: no end.
         dtype: float32, or bfloat16 autocast.
-        packed: during a generation on a CPU in float32, hold the weights in oneDNN's layout too (components/decoding/forward.py).
+        packed: during a generation on a CPU in float32, hold the weights in a faster layout too (components/decoding/forward.py).
         static_steps: decode in buffers that never move (components/decoding/graph_step.py), where the model's state is of constant size.
             auto: on a CUDA device, as a replayed CUDA graph; always: elsewhere too, without a graph; never.
 
@@ -150,11 +150,11 @@ class NativeEngine:
         """
         if concurrency < 1:
             raise UserError(f"concurrency: {concurrency}; at least 1 is allowed")
-        batcher, jobs = self._batcher(), dict[Row, _Job]()
+        batcher, jobs = self._batcher(), dict[Row, Job]()
         arrived: asyncio.Queue[Request | BaseException | None] = asyncio.Queue()
         free = asyncio.Semaphore(concurrency)
-        feeder = asyncio.create_task(_feed(requests, arrived, free))
-        loop, more = asyncio.get_running_loop(), True
+        feeder = asyncio.create_task(feed(requests, arrived, free))
+        loop, more, who = asyncio.get_running_loop(), True, (self.tokenizer, self.engine_id)
         with ThreadPoolExecutor(1, "native-engine") as thread:
             try:
                 while more or batcher.busy:
@@ -165,13 +165,15 @@ class NativeEngine:
                         if request is None:
                             more = False
                             continue
-                        job = _Job(request)
+                        job = Job(request)
                         try:
-                            job.begin(self, batcher, spoken=on_piece is not None)
+                            job.begin(
+                                batcher, partial(self._row, request.prompt, request.params, name="prompt"), spoken=on_piece is not None
+                            )
                             jobs.update(dict.fromkeys(job.rows, job))
                         except (UserError, ValueError) as error:
                             free.release()
-                            yield job.result(self, str(error))
+                            yield job.result(*who, str(error))
                     if not batcher.busy:
                         continue
                     try:
@@ -182,7 +184,7 @@ class NativeEngine:
                         jobs.clear()
                         for job in failed:
                             free.release()
-                            yield job.result(self, f"{type(error).__name__}: {error}")
+                            yield job.result(*who, f"{type(error).__name__}: {error}")
                         continue
                     for row in said:
                         if on_piece is not None:
@@ -192,7 +194,7 @@ class NativeEngine:
                         job = jobs.pop(row)
                         if not any(other in jobs for other in job.rows):  # several rows may finish in one round
                             free.release()
-                            yield job.result(self)
+                            yield job.result(*who)
             finally:
                 feeder.cancel()
                 with suppress(asyncio.CancelledError):
@@ -347,58 +349,3 @@ class NativeEngine:
         self._warned = True
         why = ", and without positions (model.position=none)" if blind else ""
         warnings.warn(f"up to {length} tokens, but the model was trained at {limit}{why}; quality may drop beyond that", stacklevel=3)
-
-
-class _Job:
-    """A request on its way through `NativeEngine.stream`."""
-
-    def __init__(self, request: Request) -> None:
-        self.request, self.arrived = request, time.perf_counter()
-        self.rows: list[Row] = []
-        self.reading: Reading | None = None
-        self.shown: dict[Row, int] = {}  # characters that were told
-
-    def begin(self, engine: NativeEngine, batcher: Batcher, spoken: bool) -> None:
-        """Let its rows wait for their turn. spoken: `speak` will be called. Raises what `generate` raises."""
-        request = self.request
-        if request.n < 1:
-            raise UserError(f"n: {request.n}; at least 1 is allowed")
-        rows = [engine._row(request.prompt, request.params, draw, "prompt") for draw in range(request.n)]
-        for row in rows:
-            row.spoken = spoken
-        self.reading, self.rows = batcher.add(rows[0].ids, rows), rows
-
-    def speak(self, row: Row, on_piece: OnPiece) -> None:
-        """Tell what a row has written since the last time."""
-        if row.finish_reason is not None and row.text is not None:
-            row.text.flush()
-        text, shown = row.text_so_far, self.shown.get(row, 0)
-        if len(text) > shown:
-            on_piece(self.request.id, self.rows.index(row), text[shown:])
-            self.shown[row] = len(text)
-
-    def result(self, engine: NativeEngine, error: str | None = None) -> Result:
-        """What became of it."""
-        now, rows, reading = time.perf_counter(), self.rows, self.reading
-        error = error or next((row.error for row in rows if row.error is not None), None)
-        began = reading.began if reading is not None and reading.began else now
-        spoke = min((row.first_token for row in rows if row.first_token), default=now)
-        latency = {"queued": began - self.arrived, "first_token": spoke - self.arrived, "total": now - self.arrived}
-        read = rows[0].prompt_length if rows else 0
-        usage = Usage(read * len(rows), sum(row.said for row in rows), read * (len(rows) - 1) if rows else 0)
-        completions = [] if error is not None else [row.completion(engine.tokenizer) for row in rows]
-        return Result(self.request.id, completions, usage, latency, engine.engine_id, error)
-
-
-async def _feed(requests: AsyncIterable[Request], arrived: asyncio.Queue[Any], free: asyncio.Semaphore) -> None:
-    """Put requests into the queue as there is room; at their end None, or the exception that ended them."""
-    try:
-        await free.acquire()
-        async for request in requests:
-            arrived.put_nowait(request)
-            await free.acquire()
-        arrived.put_nowait(None)
-    except asyncio.CancelledError:
-        raise
-    except BaseException as error:
-        arrived.put_nowait(error)

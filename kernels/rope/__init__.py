@@ -22,7 +22,10 @@ def rope_tables(position_ids: Tensor, inv_freq: Tensor, attention_factor: float 
         raise ValueError(f"rope_tables: position_ids is {position_ids.dtype} {tuple(position_ids.shape)}; expected integer (B, T)")
     frequencies = inv_freq.double() if inv_freq.dim() == 1 else inv_freq.double().unsqueeze(1)
     angles = position_ids.double().unsqueeze(2) * frequencies  # (B, T, R/2)
-    return (angles.cos() * attention_factor).float(), (angles.sin() * attention_factor).float()
+    cos, sin = angles.cos(), angles.sin()
+    if not isinstance(attention_factor, float) or attention_factor != 1:
+        cos, sin = cos * attention_factor, sin * attention_factor
+    return cos.float(), sin.float()
 
 
 def apply_rope(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:

@@ -8,7 +8,7 @@ from torch import Tensor
 from kernels.checks import expect_bool, expect_dims, expect_like, expect_shape
 from kernels.dispatch import pick
 
-__all__ = ["selective_scan"]
+__all__ = ["selective_scan", "selective_state_update"]
 
 
 def selective_scan(
@@ -46,7 +46,40 @@ def selective_scan(
     >>> [round(v, 3) for v in y.flatten().tolist()]
     [1.0, 1.368, 1.503]
     """
-    op = "selective_scan"
+    _check("selective_scan", u, dt, A, B, C, D, z, dt_bias, initial_state, document_start)
+    if torch.compiler.is_compiling():
+        # An opaque call: tracing would unroll the loop over time into thousands of nodes.
+        return torch.compiler.disable(_run)(u, dt, A, B, C, D, z, dt_bias, dt_softplus, initial_state, document_start)
+    return _run(u, dt, A, B, C, D, z, dt_bias, dt_softplus, initial_state, document_start)
+
+
+def selective_state_update(
+    state: Tensor,
+    u: Tensor,
+    dt: Tensor,
+    A: Tensor,
+    B: Tensor,
+    C: Tensor,
+    D: Tensor | None = None,
+    z: Tensor | None = None,
+    dt_bias: Tensor | None = None,
+    dt_softplus: bool = False,
+) -> Tensor:
+    """`selective_scan` from `state` (B, D, N) on, which becomes the last state in place. Without gradients. Returns y (B, L, D).
+
+    Raises: ValueError for what does not fit, or where gradients are recorded.
+    """
+    op = "selective_state_update"
+    _check(op, u, dt, A, B, C, D, z, dt_bias, state, None)
+    if torch.is_grad_enabled():
+        raise ValueError(f"{op}: gradients are recorded; call selective_scan, or use torch.no_grad")
+    return pick("selective_scan", u.device).selective_state_update(state, u, dt, A, B, C, D, z, dt_bias, dt_softplus)
+
+
+def _check(
+    op: str, u: Tensor, dt: Tensor, A: Tensor, B: Tensor, C: Tensor, D: Tensor | None, z: Tensor | None, dt_bias: Tensor | None,
+    initial_state: Tensor | None, document_start: Tensor | None,
+) -> None:  # fmt: skip
     expect_dims(op, "u", u, 3, "(B, L, D)")
     expect_dims(op, "A", A, 2, "(D, N)")
     batch, length, dim = u.shape
@@ -62,10 +95,6 @@ def selective_scan(
     expect_shape(op, "document_start", document_start, batch, length, letters="(B, L)")
     expect_bool(op, "document_start", document_start)
     expect_like(op, u, dt=dt, A=A, B=B, C=C, D=D, z=z, dt_bias=dt_bias, initial_state=initial_state)
-    if torch.compiler.is_compiling():
-        # An opaque call: tracing would unroll the loop over time into thousands of nodes.
-        return torch.compiler.disable(_run)(u, dt, A, B, C, D, z, dt_bias, dt_softplus, initial_state, document_start)
-    return _run(u, dt, A, B, C, D, z, dt_bias, dt_softplus, initial_state, document_start)
 
 
 def _run(u: Tensor, *args: Tensor | bool | None) -> tuple[Tensor, Tensor]:

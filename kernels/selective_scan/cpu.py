@@ -89,9 +89,12 @@ class _Problem:
         return torch.empty(self.batch, self.length, self.dim, dtype=self.dtype)
 
 
-def _forward(p: _Problem, h0: Tensor | None, keep: bool) -> tuple[Tensor, Tensor, Tensor | None]:
-    """Returns y (B, L, D), the last state (B, D, N) and, to `keep` for a backward, the states before each chunk."""
-    y, final = p.activations(), torch.empty(p.batch, p.dim, p.states)
+def _forward(p: _Problem, h0: Tensor | None, keep: bool, final: Tensor | None = None) -> tuple[Tensor, Tensor, Tensor | None]:
+    """Returns y (B, L, D), the last state (B, D, N) and, to `keep` for a backward, the states before each chunk.
+
+    final: where the last state is written; h0 itself may be, since each state is read before it is written.
+    """
+    y, final = p.activations(), torch.empty(p.batch, p.dim, p.states) if final is None else final
     saved = torch.empty(math.ceil(p.length / _CHUNK), p.batch, p.states, p.dim) if keep else None
     before = _float(h0)
     _fill(p.raw, y=y, final=final, saved=saved, h0=before)
@@ -159,3 +162,13 @@ def selective_scan(
         return _CompiledScan.apply(u, dt, A, B, C, D, z, dt_bias, initial_state, dt_softplus, document_start)
     y, final, _ = _forward(_Problem(u, dt, A, B, C, D, z, dt_bias, dt_softplus, document_start), initial_state, keep=False)
     return y.to(u.dtype), final
+
+
+def selective_state_update(
+    state: Tensor, u: Tensor, dt: Tensor, A: Tensor, B: Tensor, C: Tensor, D: Tensor | None = None, z: Tensor | None = None,
+    dt_bias: Tensor | None = None, dt_softplus: bool = False,
+) -> Tensor:  # fmt: skip
+    """See `kernels.selective_scan.selective_state_update`."""
+    if u.dtype == torch.float64 or A.shape[1] > _MAX_STATES or state.dtype != torch.float32 or not state.is_contiguous():
+        return eager.selective_state_update(state, u, dt, A, B, C, D, z, dt_bias, dt_softplus)
+    return _forward(_Problem(u, dt, A, B, C, D, z, dt_bias, dt_softplus, None), state, keep=False, final=state)[0].to(u.dtype)

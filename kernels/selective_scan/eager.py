@@ -280,3 +280,11 @@ def selective_scan(
     if u.shape[1] == 1 and not torch.is_grad_enabled():
         return _step(u, dt, A, B, C, D, z, dt_bias, initial_state, dt_softplus, document_start)
     return _Scan.apply(u, dt, A, B, C, D, z, dt_bias, initial_state, dt_softplus, document_start)
+
+
+def selective_state_update(state: Tensor, *inputs: Any) -> Tensor:
+    """See `kernels.selective_scan.selective_state_update`."""
+    arguments: Any = (*inputs, state)
+    y, final = selective_scan(*arguments)
+    state.copy_(final)
+    return y

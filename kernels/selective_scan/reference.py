@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor
@@ -43,3 +45,11 @@ def selective_scan(
         if z is not None:
             y = y * F.silu(z.to(acc))
     return y.to(u.dtype), h
+
+
+def selective_state_update(state: Tensor, *inputs: Any) -> Tensor:
+    """See `kernels.selective_scan.selective_state_update`."""
+    arguments: Any = (*inputs, state)
+    y, final = selective_scan(*arguments)
+    state.copy_(final)
+    return y

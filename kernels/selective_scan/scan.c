@@ -1,29 +1,21 @@
 /* Selective scan on a CPU, forward and backward; called by cpu.py, which holds the contract.
  *
- * Vectors run over 16 channels (gcc's vector extensions: one AVX-512 register, two of AVX2, four of NEON), so that no step needs a sum
- * across lanes but those of dB and dC, which are taken once a chunk. Work items are (row, group of channels); what the items of one row
- * share, dB and dC, is written to partials of a group, so that results do not depend on the number of threads.
+ * Vectors run over 16 channels, so that no step needs a sum across lanes but those of dB and dC, which are taken once a chunk. Work items
+ * are (row, group of channels); what the items of one row share, dB and dC, is written to partials of a group, so that results do not
+ * depend on the number of threads.
  *
  * Activations (u, dt, z, y and their gradients) are float or bfloat16, element 1 apart along channels; everything else is float.
  */
-#include <stdint.h>
 #include <stdlib.h>
 #include <string.h>
-#ifdef __AVX512F__
-#include <immintrin.h>
-#endif
+#include "vectors.h"
 
-#define LANES 16
 #define CHUNK 16      /* steps: what one block of states needs of a chunk stays in the first-level cache */
 #define BLOCK 8       /* states in registers at once, with as many decay rates and, in the backward, sums */
 #define GROUP_TILES 8 /* channels of a work item, in vectors: small enough to share 384 channels among threads */
-#define INLINE static inline __attribute__((always_inline))
 
-typedef float vf __attribute__((vector_size(64)));
-typedef int32_t vi __attribute__((vector_size(64)));
 typedef uint32_t vu __attribute__((vector_size(64)));
 typedef uint16_t vh __attribute__((vector_size(32)));
-typedef float vf_any __attribute__((vector_size(64), aligned(4), may_alias));
 typedef uint16_t vh_any __attribute__((vector_size(32), aligned(2), may_alias));
 
 typedef struct {
@@ -46,40 +38,6 @@ typedef struct {
     int64_t batch, length, dim, states;
     int32_t bf16, softplus, threads;
 } Scan;
-
-INLINE vf splat(float x) { return x - (vf){0}; }
-INLINE vf blend(vi mask, vf yes, vf no) { return (vf)((mask & (vi)yes) | (~mask & (vi)no)); }
-
-/* 2^x: 2^round(x) times a polynomial of the rest (relative minimax, degree 5). NaN stays NaN. */
-INLINE vf exp2v(vf x) {
-#ifdef __AVX512F__
-    vf whole = (vf)_mm512_roundscale_ps((__m512)x, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC), f = x - whole;
-#else
-    x = blend(x < splat(-126.0f), splat(-126.0f), x); /* stays there below, which is as good as 0 */
-    x = blend(x > splat(127.0f), splat(127.0f), x);
-    const vf magic = splat(12582912.0f); /* 1.5 * 2^23: adding it rounds to an integer, which lies in the low bits */
-    vf shifted = x + magic, f = x - (shifted - magic);
-#endif
-    vf p = splat(1.32647273e-03f);
-    p = p * f + splat(9.67151299e-03f);
-    p = p * f + splat(5.55073358e-02f);
-    p = p * f + splat(2.40222424e-01f);
-    p = p * f + splat(6.93147004e-01f);
-    p = p * f + splat(1.0f);
-#ifdef __AVX512F__
-    return (vf)_mm512_scalef_ps((__m512)p, (__m512)whole);
-#else
-    return (vf)((vi)p + ((vi)shifted << 23));
-#endif
-}
-
-/* e = exp(-|x|), from which the sigmoid and the softplus of x follow without overflow. */
-INLINE vf exp_minus_abs(vf x) { return exp2v(blend(x < splat(0.0f), x, -x) * splat(1.44269504f)); }
-
-INLINE vf sigmoid(vf x) {
-    vf e = exp_minus_abs(x);
-    return blend(x < splat(0.0f), e, splat(1.0f)) / (splat(1.0f) + e);
-}
 
 /* max(x, 0) + log1p(e); log1p(e) = 2 atanh(e / (2 + e)) keeps its relative accuracy for tiny e. Its slope is the sigmoid. */
 INLINE void softplus(vf x, vf *value, vf *slope) {
@@ -126,18 +84,32 @@ INLINE void store(void *array, int64_t at, vf v, int count, int bf16) {
     else for (int i = 0; i < count; i++) p[i] = v[i];
 }
 
-/* State of `count` channels from `array` (B, D, N): h[n] holds number n of every channel. */
+/* State of `count` channels from `array` (B, D, N): h[n] holds number n of every channel. 16 numbers of 16 channels go by as one square. */
 INLINE void load_state(vf *h, const float *array, int64_t row, int64_t d, const Scan *s, int count) {
-    for (int64_t n = 0; n < s->states; n++) {
+    const int64_t N = s->states, squares = WIDE && array && count == LANES ? N / LANES * LANES : 0;
+    const float *first = array + (row * s->dim + d) * N;
+    for (int64_t n = 0; n < squares; n += LANES) {
+        for (int i = 0; i < LANES; i++) h[n + i] = *(const vf_any *)(first + i * N + n);
+        transpose(h + n);
+    }
+    for (int64_t n = squares; n < N; n++) {
         h[n] = splat(0.0f);
         if (array)
-            for (int i = 0; i < count; i++) h[n][i] = array[(row * s->dim + d + i) * s->states + n];
+            for (int i = 0; i < count; i++) h[n][i] = first[i * N + n];
     }
 }
 
 INLINE void store_state(float *array, const vf *h, int64_t row, int64_t d, const Scan *s, int count) {
-    for (int64_t n = 0; n < s->states; n++)
-        for (int i = 0; i < count; i++) array[(row * s->dim + d + i) * s->states + n] = h[n][i];
+    const int64_t N = s->states, squares = WIDE && count == LANES ? N / LANES * LANES : 0;
+    float *first = array + (row * s->dim + d) * N;
+    for (int64_t n = 0; n < squares; n += LANES) {
+        vf square[LANES];
+        for (int i = 0; i < LANES; i++) square[i] = h[n + i];
+        transpose(square);
+        for (int i = 0; i < LANES; i++) *(vf_any *)(first + i * N + n) = square[i];
+    }
+    for (int64_t n = squares; n < N; n++)
+        for (int i = 0; i < count; i++) first[i * N + n] = h[n][i];
 }
 
 /* What the steps of a chunk need of 16 channels, whatever the state. */

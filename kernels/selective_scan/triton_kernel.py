@@ -145,3 +145,11 @@ def selective_scan(
     if not torch.is_grad_enabled():
         return _forward((u, dt, A, B, C, D, z, dt_bias, initial_state, document_start), dt_softplus, keep=False)[:2]
     return _Scan.apply(dt_softplus, u, dt, A, B, C, D, z, dt_bias, initial_state, document_start)
+
+
+def selective_state_update(state: Tensor, *inputs: Any) -> Tensor:
+    """See `kernels.selective_scan.selective_state_update`."""
+    arguments: Any = (*inputs, state)
+    y, final = selective_scan(*arguments)
+    state.copy_(final)
+    return y

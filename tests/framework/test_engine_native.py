@@ -14,9 +14,10 @@ from torch import Tensor, nn
 
 from components.contracts import Batch, ModelOutput, SamplingParams, UserError
 from components.data.tokenizers import bytes_tokenizer
-from components.decode_state import DecodeState, RecurrentState
+from components.decode_state import DecodeState
 from components.decoding.graph_step import StaticStep
 from components.decoding.sampling import sample_token, uniforms
+from components.layer_state import RecurrentState
 from framework.build import build_model, compose
 from framework.engines.native import NativeEngine
 from framework.overrides import CONF

@@ -12,7 +12,7 @@ import pytest
 import torch
 
 from kernels import compile_c, dispatch
-from kernels.selective_scan import cpu, eager, reference, selective_scan
+from kernels.selective_scan import cpu, eager, reference, selective_scan, selective_state_update
 from tests.kernels.support import assert_close, compare, gradients
 from tests.kernels.test_selective_scan import make, with_softplus
 
@@ -51,6 +51,25 @@ def test_strided_inputs():
     views = inputs | {"u": wide[:, :, :24], "z": wide[:, :, 24:], "B": small[:, :, :16], "C": small[:, :, 16:]}
     views["dt"] = inputs["dt"].transpose(0, 1).contiguous().transpose(0, 1)
     compare(gradients(with_softplus(cpu.selective_scan), views, cotangents), expected, 0.0)
+
+
+@pytest.mark.parametrize("shape", SHAPES, ids=str)
+@pytest.mark.parametrize("backend", [cpu, eager, reference], ids=["cpu", "eager", "reference"])
+@torch.no_grad()
+def test_a_state_updated_in_place_is_the_one_that_the_scan_returns(shape, backend):
+    inputs, _ = make(*shape, dtype=torch.float32)
+    y, final = backend.selective_scan(**inputs, dt_softplus=True)
+    state = inputs.pop("initial_state").contiguous()
+    place = state.data_ptr()
+    with dispatch.force(backend.__name__.rsplit(".")[-1]):
+        assert torch.equal(selective_state_update(state, **inputs, dt_softplus=True), y)
+    assert torch.equal(state, final) and state.data_ptr() == place
+
+
+def test_a_state_is_not_updated_under_gradients():
+    inputs, _ = make(1, 3, 4, 2, dtype=torch.float32)
+    with pytest.raises(ValueError, match="selective_state_update: gradients are recorded; call selective_scan"):
+        selective_state_update(inputs.pop("initial_state"), **inputs)
 
 
 @pytest.mark.parametrize("left_out", ["D", "z", "dt_bias", "initial_state"])

@@ -6,8 +6,8 @@ import pytest
 import torch
 from torch import nn
 
+from components.blocks import AttentionBlock
 from components.contracts import Batch
-from components.decoding import forward as module
 from components.decoding.forward import Forward
 from framework.build import build, build_model, compose
 
@@ -20,6 +20,10 @@ def model(request):
     return build_model(compose("train", [f"model={request.param}", "model/size=test", "data.seq_len=64"]), 320).eval()
 
 
+def untouched(model):
+    return not any({"forward", "feed", "branch", "decay"} & set(part.__dict__) for part in model.modules())
+
+
 def logits(called, ids=IDS):
     with called.quiet():
         return called.logits(called.model(Batch(ids)).hidden)
@@ -28,10 +32,12 @@ def logits(called, ids=IDS):
 def test_packed_weights_give_the_same_numbers_and_leave_nothing(model):
     plain, packed = logits(Forward(model)), Forward(model, packed=True)
     linears = [part for part in model.modules() if type(part) is nn.Linear]
-    assert len(packed._linears) == len(linears) and packed._head is not model.logits
+    assert sum(type(part) is nn.Linear for part, *_ in packed._packed) == len(linears) and packed._head is not model.logits
+    fused = [method for _, method, _ in packed._packed if method != "forward"]
+    assert fused.count("feed") == len(model.blocks) and fused.count("branch") == sum(isinstance(b, AttentionBlock) for b in model.blocks)
     for _ in range(2):
         torch.testing.assert_close(logits(packed), plain, rtol=1e-5, atol=1e-5 * float(plain.abs().max()))
-    assert not any("forward" in part.__dict__ for part in model.modules())
+    assert untouched(model)
     before = logits(packed)
     with torch.no_grad():  # the packed weights are copies: the model's own may change, a new object sees it
         linears[0].weight.mul_(2)
@@ -47,12 +53,34 @@ def test_rows_of_packed_products_are_the_same_to_the_last_bit_in_any_number(mode
             assert torch.equal(packed.logits(hidden[:rows]), whole[:rows]) and torch.equal(packed.logits(hidden[-rows:]), whole[-rows:])
 
 
-@pytest.mark.parametrize("reason", ["autocast", "no oneDNN", "not asked"])
-def test_where_nothing_is_packed(model, reason, monkeypatch):
-    if reason == "no oneDNN":
-        monkeypatch.setattr(module, "_can_pack", lambda: False)
+@pytest.mark.parametrize("reason", ["autocast", "not asked"])
+def test_where_nothing_is_packed(model, reason):
     called = Forward(model, torch.bfloat16 if reason == "autocast" else torch.float32, packed=reason != "not asked")
-    assert called._linears == {} and logits(called).dtype == torch.float32
+    assert called._packed == [] and logits(called).dtype == torch.float32
+
+
+@torch.no_grad()
+def test_prompts_in_pieces_and_steps_through_packed_layers_equal_the_plain_ones(model):
+    """Longer than the window of 16, so that a piece that reads on in a window is met as well."""
+    states = [model.new_state(3, 64) for _ in range(2)]
+    plain, packed = Forward(model), Forward(model, packed=True)
+    for begin, end in ((0, 20), (20, 33), (33, 34), (34, 35)):
+        ids = torch.randint(256, (3, end - begin))
+        found = []
+        for called, state in zip((plain, packed), states, strict=True):
+            with called.quiet():
+                found.append(called.logits(called.model(Batch(ids), state).hidden))
+        torch.testing.assert_close(found[1], found[0], rtol=1e-5, atol=1e-5 * float(found[0].abs().max()))
+
+
+def test_who_is_listened_to_is_called(model):
+    """A hook on a layer inside a part that could be one call."""
+    heard = []
+    for block in model.blocks:
+        block.mlp.down_proj.register_forward_hook(lambda *_: heard.append("down"))
+        block.mixer_norm.register_forward_pre_hook(lambda *_: heard.append("norm"))
+    logits(Forward(model, packed=True))
+    assert heard.count("down") == heard.count("norm") == len(model.blocks)
 
 
 def test_an_adapter_round_a_packed_layer_still_acts(model):
@@ -73,4 +101,4 @@ def test_a_model_in_training_is_put_back_also_after_an_error(model):
         assert not model.training and not torch.is_grad_enabled()
         model(Batch(torch.full((1, 2), 999)))
     assert all(part.training for part in model.modules()) and torch.is_grad_enabled()
-    assert not any("forward" in part.__dict__ for part in model.modules())
+    assert untouched(model)

@@ -10,8 +10,9 @@ import torch
 
 from components import blocks
 from components.contracts import Batch
-from components.decode_state import DecodeState, RecurrentState
+from components.decode_state import DecodeState
 from components.decoding.graph_step import StaticStep, StaticSteps
+from components.layer_state import RecurrentState
 from tests.components.models.conftest import lively
 
 WINDOW = 16  # of model=samba model/size=test

@@ -1,0 +1,160 @@
+"""Layers over packed weights against the written-out forms, and that a row's bits do not depend on the others."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from kernels import packed
+from kernels.dispatch import force
+from kernels.packed import cpu, eager, reference
+from tests.kernels.support import assert_close
+
+TOLERANCE = 2e-6  # relative RMS of float32 sums of up to 1100 products; measured: below 7e-7
+BACKENDS = pytest.mark.parametrize("backend", [cpu, eager], ids=["cpu", "eager"])
+
+COMPILED = pytest.mark.skipif(not cpu._SUITS, reason="no AVX-512: eager serves, whose rows may differ with their number")
+
+
+def doubled(value):
+    if isinstance(value, tuple):
+        return tuple(map(doubled, value))
+    return value.double() if isinstance(value, torch.Tensor) and value.is_floating_point() else value
+
+
+# 32 outputs a panel, 12 rows a tile, 96 a work item, 512 inputs at a time: below, at, above each of them
+@BACKENDS
+@pytest.mark.parametrize("size", [(1, 1), (32, 512), (48, 16), (70, 1100)], ids=str)
+@pytest.mark.parametrize("bias", [True, False])
+@torch.no_grad()
+def test_linear(backend, size, bias, monkeypatch):
+    monkeypatch.setattr(torch, "get_num_threads", lambda: 3)
+    weight, shift = torch.randn(size), torch.randn(size[0]) if bias else None
+    made, exact = backend.pack(weight, shift), reference.pack(weight.double(), doubled(shift))
+    whole = torch.randn(200, 2 * size[1])[:, : size[1]]  # rows apart
+    for rows in (1, 2, 11, 12, 13, 35, 96, 97, 200):
+        assert_close(backend.linear(whole[:rows], made), reference.linear(whole[:rows].double(), exact), TOLERANCE, f"{rows} rows")
+    assert backend.linear(torch.randn(2, 3, size[1]), made).shape == (2, 3, size[0])
+    before = backend.linear(whole, made)
+    weight.zero_()  # it was copied
+    assert torch.equal(backend.linear(whole, made), before)
+
+
+@COMPILED
+@pytest.mark.parametrize("size", [(48, 16), (70, 1100)], ids=str)  # oneDNN's rows of the second differ
+@torch.no_grad()
+def test_a_row_of_a_product_has_the_same_bits_in_any_company(size):
+    made, x = cpu.pack(torch.randn(size)), torch.randn(250, size[1])
+    whole = cpu.linear(x, made)
+    for begin, end in ((0, 1), (7, 9), (3, 15), (11, 24), (90, 203), (249, 250)):
+        assert torch.equal(cpu.linear(x[begin:end], made), whole[begin:end])
+
+
+@BACKENDS
+@pytest.mark.parametrize(("width", "inner"), [(256, 704), (40, 52)])
+@torch.no_grad()
+def test_mlp(backend, width, inner, monkeypatch):
+    monkeypatch.setattr(torch, "get_num_threads", lambda: 3)
+    gate_up, down = torch.randn(2 * inner, width) / width**0.5, torch.randn(width, inner) / inner**0.5
+    made, exact = [
+        [module.pack(w) for w in weights] for module, weights in ((backend, (gate_up, down)), (reference, doubled((gate_up, down))))
+    ]
+    branch, stream, norm = torch.randn(50, 2, width), torch.randn(50, 2, width), (torch.randn(width), 1e-3)
+    assert_close(backend.mlp(branch, *made), reference.mlp(branch.double(), *exact), TOLERANCE, "mlp")
+    found = backend.mlp_block(branch, stream, norm, *made)
+    assert_close(found, reference.mlp_block(*doubled((branch, stream, norm)), *exact), TOLERANCE, "mlp_block")
+    if backend is cpu and cpu._SUITS:
+        assert torch.equal(cpu.mlp_block(branch[7:8], stream[7:8], norm, *made), found[7:8])
+
+
+class Layer:
+    """An attention and two caches: that of a backend, and that of the reference in float64."""
+
+    def __init__(self, backend, heads, groups, size, window, rows=3, width=64, slots=40):
+        self.backend, self.heads, self.window, self.width, self.size = backend, heads, window, width, size
+        weights = torch.randn((heads + 2 * groups) * size, width) / 8, torch.randn(width, heads * size) / 8
+        self.weights, self.exact = [backend.pack(w) for w in weights], [reference.pack(w.double()) for w in weights]
+        self.norm = torch.rand(width) + 0.5, 1e-5
+        self.cache = [torch.zeros(rows, groups, window or slots, size) for _ in range(2)]
+        self.exact_cache = list(doubled(tuple(self.cache)))
+        self.read = torch.zeros(rows, dtype=torch.int64)
+
+    def call(self, x, rope, fresh=False, rows=slice(None), norm=True):
+        """Of some of the rows; changes their cache."""
+        positions = self.read[rows, None] + torch.arange(x.shape[1])
+        cache, norm = [part[rows] for part in self.cache], self.norm if norm else None
+        return self.backend.attention(x, norm, *self.weights, rope, *cache, positions, self.heads, self.window, fresh)
+
+    def check(self, tokens, fresh=False, norm=True, turned=True):
+        x, angles = torch.randn(len(self.read), tokens, self.width), torch.randn(len(self.read), tokens, self.size // 4)
+        rope = (angles.cos(), angles.sin()) if turned else None
+        positions, own = self.read[:, None] + torch.arange(tokens), self.norm if norm else None
+        expected = reference.attention(
+            x.double(), doubled(own), *self.exact, doubled(rope), *self.exact_cache, positions, self.heads, self.window, fresh
+        )
+        assert_close(self.call(x, rope, fresh, norm=norm), expected, TOLERANCE, f"{tokens} tokens after {self.read.tolist()}")
+        for mine, theirs in zip(self.cache, self.exact_cache, strict=True):
+            assert_close(mine, theirs, TOLERANCE, "cache")
+        self.read += tokens
+
+
+@BACKENDS
+@pytest.mark.parametrize(("heads", "groups", "size"), [(8, 2, 32), (6, 6, 16), (5, 1, 48), (4, 2, 8)])  # heads of 8 are left to eager
+@pytest.mark.parametrize("window", [None, 9, 20])
+@torch.no_grad()
+def test_attention(backend, heads, groups, size, window, monkeypatch):
+    """A prompt longer and shorter than the window, steps round the ring, and a second piece where there is no window."""
+    monkeypatch.setattr(torch, "get_num_threads", lambda: 3)
+    layer = Layer(backend, heads, groups, size, window)
+    layer.check(17, fresh=True)
+    for _ in range(4 if window is None else 12):
+        layer.check(1)
+    if window is None:
+        layer.check(5, norm=False, turned=False)
+
+
+@COMPILED
+@pytest.mark.parametrize("window", [None, 9])
+@torch.no_grad()
+def test_a_row_attends_with_the_same_bits_in_any_company_and_reads_nothing_that_it_does_not_see(window):
+    layer = Layer(cpu, 8, 2, 32, window, rows=5)
+    layer.call(torch.randn(5, 6, 64), None, fresh=True)
+    layer.read += 6
+    for part in layer.cache:
+        part[:, :, 7:] = torch.nan
+    x, before = torch.randn(5, 1, 64), [part.clone() for part in layer.cache]
+    whole = layer.call(x, None)
+    assert whole.isfinite().all()
+    for part, kept in zip(layer.cache, before, strict=True):
+        part.copy_(kept)
+    assert torch.equal(layer.call(x[2:4], None, rows=slice(2, 4)), whole[2:4])
+
+
+@torch.no_grad()
+def test_the_public_functions_dispatch():
+    weight, x = torch.randn(5, 3), torch.randn(2, 3)
+    for backend in ("cpu", "eager", "reference"):
+        with force(backend):
+            assert_close(packed.linear(x, packed.pack(weight)), x.double() @ weight.double().T, TOLERANCE, backend)
+    double = packed.pack(weight.double())  # left to eager
+    assert_close(packed.linear(x.double(), double), x.double() @ weight.double().T, 1e-12, "float64")
+
+
+@COMPILED
+def test_what_the_kernel_cannot_read_is_refused():
+    weight = packed.pack(torch.randn(5, 4))
+    with pytest.raises(ValueError, match=r"packed: x is torch\.bfloat16; the weights were packed as torch\.float32"):
+        packed.linear(torch.zeros(1, 4).bfloat16(), weight)
+    with pytest.raises(ValueError, match=r"packed: x has 3 columns; the weight has 4"):
+        packed.linear(torch.zeros(1, 3), weight)
+
+
+def test_what_does_not_fit_is_refused():
+    weight = packed.pack(torch.randn(5, 4))
+    with pytest.raises(ValueError, match="pack: bias has shape"):
+        packed.pack(torch.randn(5, 4), torch.zeros(4))
+    with pytest.raises(ValueError, match="mlp_block: stream has shape"):
+        packed.mlp_block(torch.zeros(1, 4), torch.zeros(2, 4), (torch.ones(4), 1e-5), weight, weight)
+    cache, positions = torch.zeros(1, 1, 8, 16), torch.zeros(1, 2, dtype=torch.int64)
+    with pytest.raises(ValueError, match="attention: 2 tokens a row that has begun, with a window of 8; expected one"):
+        packed.attention(torch.zeros(1, 2, 4), None, weight, weight, None, cache, cache, positions, 1, window=8)

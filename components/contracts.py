@@ -359,6 +359,7 @@ class Result:
     error: str | None = None
 
 
+CANCELLED = "cancelled"  # error of a request that was
 OnPiece = Callable[[str, int, str], None]
 
 
@@ -392,6 +393,10 @@ class Engine(Protocol):
 
         on_piece: called in the event loop with (request id, index of the completion, text) as it is written, or once with all of it.
         """
+        ...
+
+    def cancel(self, request: str) -> None:
+        """End a request, by its id, of a `stream` that goes on, as soon as possible; its result has the error CANCELLED."""
         ...
 
     def score(self, sequences: list[list[int]]) -> list[Tensor]:

@@ -20,7 +20,7 @@ from omegaconf import DictConfig, OmegaConf
 from components.contracts import UserError
 from framework import bounds
 from framework.overrides import CONF
-from framework.runs import STATE_FILE, read_state
+from framework.runs import STATE_FILE, read_state, refuse_scripted
 from framework.signatures import nearest
 
 TESTS = ("paired_t", "welch_t", "bounds")
@@ -219,7 +219,7 @@ def read_jobs(folder: Path) -> list[Job]:
 
 
 def read_job(path: Path) -> Job:
-    """One job; what it has not written is empty."""
+    """One job; what it has not written is empty. Raises UserError for a file that cannot be read, and for a scripted engine."""
     from framework.build import read_config
 
     config = read_config(path) if (path / "config.yaml").is_file() else DictConfig({})
@@ -230,6 +230,7 @@ def read_job(path: Path) -> Job:
             metrics = json.loads((path / "metrics.json").read_text())
         except ValueError as error:
             raise UserError(f"{path / 'metrics.json'}: cannot be read ({error})") from error
+        refuse_scripted(path, metrics.get("engine"))
     choices = {group: option for group, option in hydra.get("runtime", {}).get("choices", {}).items() if option not in (None, "null")}
     return Job(path, config, choices, list(hydra.get("overrides", {}).get("task", [])), read_state(path), metrics)
 

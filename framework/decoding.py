@@ -163,9 +163,8 @@ def pipelined(waiting: Iterable[Open], engine: RequestEngine, render: Render) ->
 
     def push(one: Open) -> None:
         going[one.index] = one
-        for place, ask in enumerate(one.asks):  # the seed that `completions` would give it
-            params = replace(ask.params, seed=row_seed(ask.params.seed, 0))
-            queue.put_nowait(Request(f"{one.index} {place}", one.prompts[place], params))
+        for place, ask in enumerate(one.asks):
+            queue.put_nowait(Request(f"{one.index} {place}", one.prompts[place], seeded(engine, ask.params)))
 
     for one in waiting:
         push(one)
@@ -183,6 +182,11 @@ def pipelined(waiting: Iterable[Open], engine: RequestEngine, render: Render) ->
     finally:
         loop.run_until_complete(stream.aclose())  # type: ignore[attr-defined]
         loop.close()
+
+
+def seeded(engine: object, params: SamplingParams) -> SamplingParams:
+    """Parameters of one call in a stream, with the seed that `completions` would give it."""
+    return replace(params, seed=row_seed(params.seed, 0)) if isinstance(engine, RequestEngine) else params
 
 
 def completions(engine: Engine, prompts: Sequence[Prompt], params: Sequence[SamplingParams]) -> Iterator[tuple[int, Completion]]:

@@ -16,6 +16,7 @@ from rich.console import Console
 
 from components.contracts import UserError
 from framework.command import command_parser, run_command
+from framework.runs import refuse_scripted
 from framework.signatures import nearest
 from framework.statistics import mcnemar, paired_bootstrap
 
@@ -41,12 +42,13 @@ class Way:
 
 
 def read(folder: Path, measure: str | None) -> tuple[str, Way]:
-    """The measure and the evaluation in a folder. Raises UserError for one without results or without the measure."""
+    """The measure and the evaluation in a folder. Raises UserError for one without results, of a scripted engine, without the measure."""
     try:
         lines = [json.loads(line) for line in (folder / "results.jsonl").read_text(encoding="utf-8").splitlines()]
         metrics: dict[str, Any] = json.loads((folder / "metrics.json").read_text(encoding="utf-8"))
     except (OSError, ValueError) as error:
         raise UserError(f"{folder}: no finished task=evaluate in it (results.jsonl, metrics.json): {error}") from error
+    refuse_scripted(folder, metrics.get("engine"))
     known = [key for key in lines[0] if key.endswith("score")] if lines else []
     measure = measure or next(iter(known), None)
     if measure is None or not all(isinstance(line.get(measure), int | float) for line in lines):

@@ -39,8 +39,8 @@ class Context:
     """What a task of generate.py works with.
 
     source: the run, None where a server is asked without one; params: how to decode; out_dir: where files go; another: the same with
-    another run; task: of the adapter, None where none was named; method: how to decode in several calls, None for one; spent: what an
-    evaluation's answers of one call cost.
+    another run; task: of the adapter, None where none was named; method: how to decode in several calls, None for one; how: the node
+    `decode` that it was made from; spent: what an evaluation's answers of one call cost.
     """
 
     source: Run | None
@@ -51,6 +51,7 @@ class Context:
     another: Callable[[str], Context]
     task: str | int | None = None
     method: Method | None = None
+    how: dict[str, Any] = field(default_factory=dict)
     spent: Counter[str] = field(default_factory=Counter)
 
     @property
@@ -85,13 +86,14 @@ def generate(config: DictConfig, out_dir: Path) -> dict[str, float]:
         cast(torch.nn.Module, other.model).to(device(config.device))
         return dataclasses.replace(context, source=other, engine=build_engine(config.engine, other, cache_dir, config.adapter.task))
 
-    context = Context(run, engine, params, out_dir, cache_dir, another, config.adapter.task, method)
+    node = cast(dict[str, Any], OmegaConf.to_container(config.decode, resolve=True))
+    context = Context(run, engine, params, out_dir, cache_dir, another, config.adapter.task, method, node)
     try:
         metrics = task.run(context)
     finally:
         engine.close()
     out_dir.mkdir(parents=True, exist_ok=True)
-    (out_dir / "metrics.json").write_text(json.dumps({**metrics, "seed": config.seed}, indent=2) + "\n")
+    (out_dir / "metrics.json").write_text(json.dumps({**metrics, "seed": config.seed, "engine": engine.engine_id}, indent=2) + "\n")
     return metrics
 
 

@@ -8,7 +8,7 @@ import math
 import threading
 import time
 from collections.abc import AsyncIterator, Callable, Iterable, Mapping, Sized
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 from rich.console import Console
@@ -19,38 +19,48 @@ from framework.runtime import Interrupted, StopSignals
 
 TICK_SECONDS = 0.1  # how often signals, the clock of the store and the record are looked at
 SKIPPED = 1000  # finished requests passed over before others get their turn
+UNANSWERED = "unanswered: the engine ended without a word on this request"
 
 
 @dataclass
 class Job:
-    """The state of `run_job`. in_flight: index and request by id, at most a few more than the window."""
+    """The state of a job whose requests are known from the start. in_flight: index and request by id, at most a few more than the window.
+
+    requests: (index, request) in input order. row: what is stored of an answer.
+    """
 
     store: Store
     meter: Meter
     signals: StopSignals
     grace_s: float
     max_attempts: int
-    row: Callable[[Request, Result], Mapping[str, Any]]
-    in_flight: dict[str, tuple[int, Request]]
+    requests: Iterable[tuple[int, Request]] = ()
+    row: Callable[[Request, Result], Mapping[str, Any]] = field(default_factory=lambda: answer_row)
+    in_flight: dict[str, tuple[int, Request]] = field(default_factory=dict)
     given_up: int = 0
 
-    async def feed(self, requests: Iterable[tuple[int, Request]]) -> AsyncIterator[Request]:
+    async def feed(self) -> AsyncIterator[Request]:
         """Requests that are not done and have attempts left, until a signal comes."""
-        for number, (index, request) in enumerate(requests):
+        for number, (index, request) in enumerate(self.requests):
             if self.signals.received is not None:
                 return
             if number % SKIPPED == 0:
                 await asyncio.sleep(0)
             if request.id in self.in_flight:
-                twin = self.in_flight[request.id][0]
-                raise UserError(f"prompts: requests {twin} and {index} (from 0) are the same; give each an id of its own (replica=...)")
-            if request.id in self.store:
-                continue
-            if self.store.attempts(request.id) >= self.max_attempts:
-                self.given_up += 1
+                raise twins(self.in_flight[request.id][0], index)
+            if not self.wants(request.id):
                 continue
             self.in_flight[request.id] = (index, request)
             yield request
+
+    def wants(self, identity: str) -> bool:
+        """Whether an answer is still to be had; one with no attempts left is counted."""
+        if identity in self.store:
+            return False
+        if self.store.attempts(identity) >= self.max_attempts:
+            self.given_up += 1
+            return False
+        return True
 
     def take(self, result: Result) -> None:
         """Put an answer into the store, or note why there is none. An answer that nobody waits for is counted and left."""
@@ -69,12 +79,28 @@ class Job:
         self.meter.errors[error.split(":")[0]] += 1
         self.store.error(identity, index, error, self.store.attempts(identity) + 1)
 
+    def unanswered(self) -> None:
+        """Note those in flight as failed: the engine has ended."""
+        for identity, (index, _) in self.in_flight.items():
+            self.fail(identity, index, UNANSWERED)
+        self.in_flight.clear()
+
+    @property
+    def stores(self) -> tuple[Store, ...]:
+        """All that is written."""
+        return (self.store,)
+
     def record(self, engine: Engine) -> dict[str, Any]:
         """The record of now."""
         self.meter.in_flight = len(self.in_flight)
         if isinstance(engine, Diagnostics):
             self.meter.retries = int(engine.diagnostics().get("retries", 0))
         return {**self.meter.record(), "given_up": self.given_up, "failed": self.store.failed}
+
+
+def twins(first: int, second: int) -> UserError:
+    """Two requests have one name."""
+    return UserError(f"prompts: requests {first} and {second} (from 0) are the same; give each an id of its own (replica=...)")
 
 
 def why_unusable(request: Request, result: Result) -> str | None:
@@ -129,28 +155,41 @@ def run_job(
     """
     if total is None and isinstance(requests, Sized):
         total = len(requests)
-    signals = StopSignals(f"waiting at most {grace_s:g} s for what is asked, then saving")
-    job = Job(store, Meter(total, len(store)), signals, grace_s, max_attempts, row, {})
+    job = Job(store, Meter(total, len(store)), stop_signals(grace_s), grace_s, max_attempts, requests, row)
+    return carry_out(job, engine, concurrency, progress_s, report)
+
+
+def stop_signals(grace_s: float) -> StopSignals:
+    """What listens to SIGINT and SIGTERM, and says what happens next."""
+    return StopSignals(f"waiting at most {grace_s:g} s for what is asked, then saving")
+
+
+def carry_out(
+    job: Job, engine: Engine, concurrency: int, progress_s: float, report: Callable[[dict[str, Any]], None] | None = None
+) -> dict[str, Any]:
+    """Run a job to its end, or to a signal; see `run_job`."""
     with job.signals.guarded(), Shown(job, engine, progress_s, report) as shown:
         if threading.current_thread() is threading.main_thread():
             job.signals.install()
         try:
-            asyncio.run(drive(job, requests, engine, concurrency, shown))
+            asyncio.run(drive(job, engine, concurrency, shown))
         finally:
-            if not store.broken:
-                store.commit()
+            for store in job.stores:
+                if not store.broken:
+                    store.commit()
         record = shown.write()
     if job.signals.received is not None:
+        store, total = job.store, job.meter.total
         of = "" if total is None else f" of {total:,}"
         raise Interrupted(job.signals.received, f"stopped; {len(store):,}{of} answers are in {store.folder}; go on with the same command")
     return record
 
 
-async def drive(job: Job, requests: Iterable[tuple[int, Request]], engine: Engine, concurrency: int, shown: Shown) -> None:
+async def drive(job: Job, engine: Engine, concurrency: int, shown: Shown) -> None:
     """Pump results into the store until there are no more, or a signal came and its grace is over."""
 
     async def pump() -> None:
-        async for result in engine.stream(job.feed(requests), concurrency=concurrency):
+        async for result in engine.stream(job.feed(), concurrency=concurrency):
             job.take(result)
 
     task, deadline = asyncio.create_task(pump()), math.inf
@@ -158,7 +197,8 @@ async def drive(job: Job, requests: Iterable[tuple[int, Request]], engine: Engin
         await asyncio.wait({task}, timeout=TICK_SECONDS)
         if task.done():
             break
-        job.store.tick()
+        for store in job.stores:
+            store.tick()
         shown.tick()
         if job.signals.received is not None:
             deadline = min(deadline, time.monotonic() + job.grace_s)
@@ -168,9 +208,7 @@ async def drive(job: Job, requests: Iterable[tuple[int, Request]], engine: Engin
     with contextlib.suppress(asyncio.CancelledError):
         await task
     if job.signals.received is None:
-        for identity, (index, _) in job.in_flight.items():
-            job.fail(identity, index, "unanswered: the engine ended without a word on this request")
-        job.in_flight.clear()
+        job.unanswered()
 
 
 class Shown:

@@ -12,6 +12,7 @@ from typing import Any
 
 from omegaconf import OmegaConf
 
+from components.errors import UserError
 from framework.foreign import is_foreign
 
 STATE_FILE, LOCK_FILE = "run_state.json", ".lock"
@@ -46,6 +47,12 @@ def replace_file(path: Path, text: str) -> None:
     except OSError:
         temporary.unlink(missing_ok=True)
         raise
+
+
+def refuse_scripted(folder: Path, engine: Any) -> None:
+    """Raise UserError where the engine of results is a test's: its id begins with `scripted`, and no model said what it says."""
+    if str(engine).startswith("scripted"):
+        raise UserError(f"{folder}: engine {engine!r} says what a script tells it to; no report or verdict is made of its answers")
 
 
 def newest_run(root: Path, unfinished: bool = False, trained: bool = False) -> Path | None:

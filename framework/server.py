@@ -6,23 +6,24 @@ import asyncio
 import json
 import secrets
 import time
-from collections.abc import AsyncIterator
-from contextlib import asynccontextmanager
+from collections.abc import AsyncGenerator, AsyncIterator
+from contextlib import aclosing, asynccontextmanager
 from dataclasses import replace
 from typing import Any
 
 from fastapi import Depends, FastAPI, HTTPException
 from fastapi import Request as Call
 from fastapi.exceptions import RequestValidationError
-from fastapi.responses import JSONResponse, StreamingResponse
+from fastapi.responses import JSONResponse, Response, StreamingResponse
 
-from components.contracts import Completion, Engine, Prompt, Request, Result, SamplingParams, UserError
+from components.contracts import Completion, Diagnostics, Engine, Prompt, Request, Result, SamplingParams, UserError
 from components.decoding.constraints import constraint
 from components.decoding.params import check_params
 from framework.build import Run
 from framework.generate import run_renderer
 from framework.server_forms import Asked, ChatForm, CompletionForm
 
+HUNG_UP = 499  # what servers note where nobody is left to hear it
 MOST_TOKENS = 1 << 20  # of an answer, where the engine knows no end
 Piece = tuple[int, str]  # index of the completion, and its next text
 
@@ -31,7 +32,7 @@ class Hub:
     """One engine, many callers: requests wait in a queue, and what comes back finds who asked."""
 
     def __init__(self, engine: Engine, concurrency: int) -> None:
-        self.engine, self.concurrency, self.answered = engine, concurrency, 0
+        self.engine, self.concurrency, self.answered, self.cancelled = engine, concurrency, 0, 0
         self._arrived: asyncio.Queue[Request] = asyncio.Queue()
         self._callers: dict[str, asyncio.Queue[Piece | Result | BaseException]] = {}
 
@@ -48,8 +49,11 @@ class Hub:
                     caller.put_nowait(error)
                 self._callers.clear()
 
-    async def follow(self, prompt: Prompt, params: SamplingParams, n: int) -> AsyncIterator[Piece | Result]:
-        """The pieces of n completions as they are written, then the result. Raises UserError for a request that failed."""
+    async def follow(self, prompt: Prompt, params: SamplingParams, n: int) -> AsyncGenerator[Piece | Result]:
+        """The pieces of n completions as they are written, then the result; whoever stops listening cancels the request.
+
+        Raises UserError for a request that failed.
+        """
         name, said = secrets.token_hex(12), asyncio.Queue[Piece | Result | BaseException]()
         self._callers[name] = said
         self._arrived.put_nowait(Request(name, prompt, params, n))
@@ -64,11 +68,19 @@ class Hub:
                 if isinstance(item, Result):
                     return
         finally:
-            self._callers.pop(name, None)
+            if self._callers.pop(name, None) is not None:
+                self.cancelled += 1
+                self.engine.cancel(name)
+
+    def figures(self) -> dict[str, float]:
+        """How it stands: requests in work or waiting, answered and cancelled ones, tokens that the engine has generated."""
+        tokens = self.engine.diagnostics().get("tokens", 0.0) if isinstance(self.engine, Diagnostics) else 0.0
+        return {"requests": len(self._callers), "answered": self.answered, "cancelled": self.cancelled, "tokens": tokens}
 
     async def _requests(self) -> AsyncIterator[Request]:
         while True:
-            yield await self._arrived.get()
+            if (request := await self._arrived.get()).id in self._callers:  # else its caller has left
+                yield request
 
     def _say(self, request: str, index: int, text: str) -> None:
         if (caller := self._callers.get(request)) is not None:
@@ -108,8 +120,8 @@ def make_app(hub: Hub, run: Run, name: str, defaults: SamplingParams, key: str |
         return params if asked.seed is not None else replace(params, seed=secrets.randbits(63))
 
     @app.get("/health")
-    async def health() -> dict[str, str]:
-        return {"status": "ok"}
+    async def health() -> dict[str, Any]:
+        return {"status": "ok", **hub.figures()}
 
     @app.get("/v1/models", dependencies=guarded)
     async def models() -> dict[str, Any]:
@@ -117,7 +129,7 @@ def make_app(hub: Hub, run: Run, name: str, defaults: SamplingParams, key: str |
         return {"object": "list", "data": [model]}
 
     @app.post("/v1/completions", dependencies=guarded)
-    async def complete(asked: CompletionForm) -> Any:
+    async def complete(asked: CompletionForm, call: Call) -> Any:
         params = checked(asked)
         if not asked.prompts():
             raise HTTPException(400, "prompt: empty; give a text, token ids, or a list of either")
@@ -127,16 +139,16 @@ def make_app(hub: Hub, run: Run, name: str, defaults: SamplingParams, key: str |
             scores = await asyncio.to_thread(scored, hub.engine, prompts) if asked.prompt_logprobs is not None else None
         except (ValueError, TypeError) as error:
             raise HTTPException(400, f"prompt: {error}") from error
-        return await answered(hub, Reply("text_completion", name, asked, scores), list(prompts), params)
+        return await answered(hub, Reply("text_completion", name, asked, scores), list(prompts), params, call)
 
     @app.post("/v1/chat/completions", dependencies=guarded)
-    async def chat(asked: ChatForm) -> Any:
+    async def chat(asked: ChatForm, call: Call) -> Any:
         params = checked(asked)
         try:
             prompt = render([message.model_dump() for message in asked.messages], where="messages")
         except UserError as error:
             raise HTTPException(400, str(error)) from error
-        return await answered(hub, Reply("chat.completion", name, asked, None), [prompt], params)
+        return await answered(hub, Reply("chat.completion", name, asked, None), [prompt], params, call)
 
     return app
 
@@ -210,25 +222,42 @@ class Reply:
         }
 
 
-async def answered(hub: Hub, reply: Reply, prompts: list[Prompt], params: SamplingParams) -> Any:
-    """The response: one body, or events as the text is written."""
+async def answered(hub: Hub, reply: Reply, prompts: list[Prompt], params: SamplingParams, call: Call) -> Any:
+    """The response: one body, or events as the text is written. A caller who hangs up before its end cancels what is asked."""
     n = reply.asked.n
-    if reply.asked.stream:
+    if reply.asked.stream:  # its response listens for the end of the connection by itself
         return StreamingResponse(events(hub, reply, prompts, params), media_type="text/event-stream")
 
     async def last(prompt: Prompt) -> Result:
-        found = [item async for item in hub.follow(prompt, params, n)]
+        async with aclosing(hub.follow(prompt, params, n)) as said:
+            found = [item async for item in said]
         assert isinstance(found[-1], Result)
         return found[-1]
 
-    results = await asyncio.gather(*map(last, prompts))
+    work: asyncio.Future[list[Result]] = asyncio.gather(*map(last, prompts))
+    left: asyncio.Future[Any] = asyncio.ensure_future(hung_up(call))
+    either: set[asyncio.Future[Any]] = {work, left}
+    try:
+        await asyncio.wait(either, return_when=asyncio.FIRST_COMPLETED)
+        if not work.done():
+            return Response(status_code=HUNG_UP)
+        results = work.result()
+    finally:
+        work.cancel()
+        left.cancel()
     choices = [
         reply.choice(place * n + index, one, place) for place, result in enumerate(results) for index, one in enumerate(result.completions)
     ]
     return reply.body(choices, usage(results))
 
 
-async def events(hub: Hub, reply: Reply, prompts: list[Prompt], params: SamplingParams) -> AsyncIterator[str]:
+async def hung_up(call: Call) -> None:
+    """Until the caller has closed the connection."""
+    while (await call.receive())["type"] != "http.disconnect":
+        pass
+
+
+async def events(hub: Hub, reply: Reply, prompts: list[Prompt], params: SamplingParams) -> AsyncGenerator[str]:
     """Server-sent events: pieces, a last piece with the reason of each completion, the usage where asked for, [DONE]."""
 
     def event(body: dict[str, Any]) -> str:
@@ -237,13 +266,14 @@ async def events(hub: Hub, reply: Reply, prompts: list[Prompt], params: Sampling
     results, n = [], reply.asked.n
     try:
         for place, prompt in enumerate(prompts):
-            async for item in hub.follow(prompt, params, n):
-                if isinstance(item, Result):
-                    results.append(item)
-                    ends = [reply.piece(place * n + index, "", one.finish_reason) for index, one in enumerate(item.completions)]
-                    yield event(reply.body(ends, None, chunk=True))
-                else:
-                    yield event(reply.body([reply.piece(place * n + item[0], item[1])], None, chunk=True))
+            async with aclosing(hub.follow(prompt, params, n)) as said:
+                async for item in said:
+                    if isinstance(item, Result):
+                        results.append(item)
+                        ends = [reply.piece(place * n + index, "", one.finish_reason) for index, one in enumerate(item.completions)]
+                        yield event(reply.body(ends, None, chunk=True))
+                    else:
+                        yield event(reply.body([reply.piece(place * n + item[0], item[1])], None, chunk=True))
     except UserError as error:
         yield event({"error": {"message": str(error), "type": "invalid_request_error", "code": 400}})
     if reply.asked.stream_options is not None and reply.asked.stream_options.include_usage:

@@ -64,7 +64,8 @@ def answer_in_rounds(task: Answer, context: Context) -> dict[str, float]:
         job = bar.add_task("answers", total=len(requests), rate="")
         for index, answer in found:
             records.append(answer.trace)
-            file.write(json.dumps({**answer.trace, "id": requests[index].id, "query": answer.trace["id"]}, ensure_ascii=False) + "\n")
+            line = {**answer.trace, "id": requests[index].id, "query": answer.trace["id"], "engine": context.engine.engine_id}
+            file.write(json.dumps(line, ensure_ascii=False) + "\n")
             file.flush()
             bar.update(job, advance=1)
     figures = decoding.totals(records)

@@ -152,6 +152,14 @@ class Batcher:
         self.waiting.append(reading)
         return reading
 
+    def drop(self, rows: Iterable[Row]) -> None:
+        """Forget rows, between two rounds: whether they wait or are decoded, their places are free."""
+        gone = set(rows)
+        self.rows, self._live = [None if row in gone else row for row in self.rows], None
+        for reading in self.waiting:
+            reading.rows = deque(row for row in reading.rows if row not in gone)
+        self.waiting = deque(reading for reading in self.waiting if reading.rows)
+
     def round(self) -> list[Row]:
         """Go on by one step. Returns the rows that got a token, or two if they joined; those with a finish_reason do not come again."""
         with self.forward.quiet():

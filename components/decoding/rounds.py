@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Callable, Generator, Sequence
+from collections.abc import Callable, Generator, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any, Protocol
 
@@ -154,13 +154,25 @@ def copied(completion: Completion, trace: dict[str, Any], candidates: list[Compl
     return Traced(**{**vars(completion), "candidates": candidates, "trace": trace})
 
 
-def with_others(queries: Sequence[Query]) -> list[Query]:
-    """Each query with the next one that says something else as its `other`; None where there is none."""
-    found = []
-    for i, query in enumerate(queries):
-        others = (queries[(i + step) % len(queries)] for step in range(1, len(queries)))
-        found.append(replace(query, other=next((one for one in others if one.said != query.said), None)))
-    return found
+def each_with_other(queries: Iterable[Query]) -> Iterator[Query]:
+    """Each query with the next one that says something else as its `other`, the first of them after the last; None where there is none."""
+    first: Query | None = None
+    second: Query | None = None  # the first that says something else than `first`
+    waiting: list[Query] = []  # they say the same
+    for query in queries:
+        first = first or query
+        second = second or (query if query.said != first.said else None)
+        if waiting and waiting[0].said != query.said:
+            yield from (replace(one, other=query) for one in waiting)
+            waiting = []
+        waiting.append(query)
+    for one in waiting:
+        yield replace(one, other=first if first is not None and first.said != one.said else second)
+
+
+def with_others(queries: Iterable[Query]) -> list[Query]:
+    """The same, all at once."""
+    return list(each_with_other(queries))
 
 
 def other_of(query: Query) -> Query:

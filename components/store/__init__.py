@@ -7,3 +7,4 @@ A folder holds `parts/part-00000.jsonl` (append-only, one checked line a row), `
 from components.store.ids import request_id as request_id
 from components.store.progress import Meter as Meter
 from components.store.store import Store as Store
+from components.store.store import stored as stored

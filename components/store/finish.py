@@ -1,15 +1,16 @@
 """The final files: rows in input order as parquet, the same bytes however often the job was killed.
 
-Memory: 8 bytes a row for where it stands, and one row group. Columns and types follow from the rows alone, row groups and files from their
-number and sizes.
+Memory: 8 bytes a row for where it stands, 24 more where the order is given, and one row group. Columns and types follow from the rows
+alone, row groups and files from their number and sizes.
 """
 
 from __future__ import annotations
 
+import hashlib
 import json
 import os
 import shutil
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, BinaryIO
 
@@ -17,7 +18,7 @@ import numpy as np
 
 from components.errors import UserError
 from components.store.files import as_json, replace_file, sync_folder
-from components.store.ids import DoneSet
+from components.store.ids import DIGEST_BYTES, DoneSet
 from components.store.shards import ROW_AT, identity_of, index_of, scan, shards_in
 
 if TYPE_CHECKING:
@@ -64,17 +65,38 @@ class Columns:
         return pa.schema(fields)
 
 
-def locate(shards: list[Path], total: int, done: DoneSet) -> tuple[np.ndarray, Columns]:
+def places_in(order: bytes) -> Callable[[bytes], int]:
+    """A function from a line to the place of its request in `order`, digests end to end.
+
+    Raises UserError where two are the same; the function, where the request is not there.
+    """
+    digests = np.frombuffer(order, dtype=f"S{DIGEST_BYTES}")
+    ranks = digests.argsort(kind="stable")
+    if len(twins := np.flatnonzero(digests[ranks[1:]] == digests[ranks[:-1]])):
+        first, second = int(ranks[twins[0]]), int(ranks[twins[0] + 1])
+        raise UserError(f"prompts: requests {first} and {second} (from 0) are the same; give each an id of its own")
+
+    def place(line: bytes) -> int:
+        digest = np.bytes_(bytes.fromhex(identity_of(line).decode()))
+        found = int(digests.searchsorted(digest, sorter=ranks))
+        if found == len(ranks) or digests[ranks[found]] != digest.rstrip(b"\0"):
+            raise UserError(f"output: it has the row of a request, number {index_of(line)} when it was asked, that is not among them now")
+        return int(ranks[found])
+
+    return place
+
+
+def locate(shards: list[Path], total: int, done: DoneSet, place_of: Callable[[bytes], int] = index_of) -> tuple[np.ndarray, Columns]:
     """Where the row of each request stands, (total,) int64, -1 without one; of rows with one id the first counts.
 
-    Raises UserError when rows are damaged, or do not belong to `total` requests.
+    place_of: the place of a line's request in the input. Raises UserError when rows are damaged, or do not belong to `total` requests.
     """
     places, columns = np.full(total, -1, dtype=np.int64), Columns()
     found = 0
     for number, path in enumerate(shards):
         bad: list[tuple[int, int]] = []
         for offset, line in scan(path, bad):
-            index = index_of(line)
+            index = place_of(line)
             if index >= total:
                 raise UserError(f"output: {path} has a row of request {index}, but there are {total}; the requests have changed since")
             if places[index] < 0:
@@ -99,21 +121,22 @@ def read_at(shards: list[Path], place: int) -> bytes:
         return file.readline()
 
 
-def groups(shards: list[Path], places: np.ndarray) -> Iterator[tuple[list[bytes], int]]:
-    """(lines, bytes of their rows) of each row group, in input order."""
+def groups(shards: list[Path], places: np.ndarray) -> Iterator[tuple[list[tuple[int, bytes]], int]]:
+    """(indices and lines, bytes of their rows) of each row group, in input order."""
     files: dict[int, BinaryIO] = {}
-    lines: list[bytes] = []
+    lines: list[tuple[int, bytes]] = []
     size = 0
     try:
-        for place in map(int, places[places >= 0]):
+        for index in map(int, np.flatnonzero(places >= 0)):
+            place = int(places[index])
             number = place >> OFFSET_BITS
             if number not in files:
                 if len(files) == OPEN_FILES:
                     files.pop(next(iter(files))).close()
                 files[number] = shards[number].open("rb")
             files[number].seek(place & ((1 << OFFSET_BITS) - 1))
-            lines.append(files[number].readline())
-            size += len(lines[-1])
+            lines.append((index, files[number].readline()))
+            size += len(lines[-1][1])
             if len(lines) == GROUP_ROWS or size >= GROUP_BYTES:
                 yield lines, size
                 lines, size = [], 0
@@ -124,14 +147,14 @@ def groups(shards: list[Path], places: np.ndarray) -> Iterator[tuple[list[bytes]
             file.close()
 
 
-def table_of(lines: list[bytes], schema: pyarrow.Schema) -> pyarrow.Table:
+def table_of(lines: list[tuple[int, bytes]], schema: pyarrow.Schema) -> pyarrow.Table:
     """One row group."""
     import pyarrow as pa
 
-    rows = [json.loads(line[ROW_AT:-2]) for line in lines]
+    rows = [json.loads(line[ROW_AT:-2]) for _, line in lines]
     arrays = [
-        pa.array([identity_of(line).decode() for line in lines], pa.string()),
-        pa.array([index_of(line) for line in lines], pa.int64()),
+        pa.array([identity_of(line).decode() for _, line in lines], pa.string()),
+        pa.array([index for index, _ in lines], pa.int64()),
     ]
     for field in list(schema)[2:]:
         values = [row.get(field.name) for row in rows]
@@ -164,16 +187,17 @@ def write_parquet(folder: Path, shards: list[Path], places: np.ndarray, schema: 
             writer.close()
 
 
-def write_final(folder: Path, total: int, done: DoneSet, missing: str) -> Path:
-    """See Store.finish. `final/` appears as a whole. Raises UserError; OSError."""
+def write_final(folder: Path, total: int, done: DoneSet, missing: str, order: bytes | None = None) -> Path:
+    """See Store.finish. order: digests of the ids, end to end. `final/` appears as a whole. Raises UserError; OSError."""
     if missing not in ("refuse", "skip"):
         raise UserError(f"output.missing: {missing!r} is not one of refuse, skip")
-    success = as_json({"rows": len(done), "ids_sha256": done.sha256()})
+    ordered = {} if order is None else {"order_sha256": hashlib.sha256(order).hexdigest()}
+    success = as_json({"rows": len(done), "ids_sha256": done.sha256(), **ordered})
     final, partial = folder / FINAL, folder / f"{FINAL}.partial"
     if (final / "_SUCCESS").is_file() and (final / "_SUCCESS").read_bytes() == success and (len(done) == total or missing == "skip"):
         return final
     shards = shards_in(folder)
-    places, columns = locate(shards, total, done)
+    places, columns = locate(shards, total, done, index_of if order is None else places_in(order))
     absent = np.flatnonzero(places < 0)
     if len(absent) and missing == "refuse":
         raise UserError(

@@ -1,4 +1,4 @@
-"""Names of requests, and the set of those that are done: 16 bytes each."""
+"""Names of requests, and the set of those that are done: 14 bytes each."""
 
 from __future__ import annotations
 
@@ -9,6 +9,9 @@ from typing import Any
 import numpy as np
 
 DIGEST_BYTES = 16
+PREFIX_BYTES = 2  # told by where a digest stands, so not stored
+REST_BYTES = DIGEST_BYTES - PREFIX_BYTES
+PREFIXES = 256**PREFIX_BYTES
 FRESH = 65536  # digests in a Python set (about 100 bytes each) before they join the sorted array; also the piece that a merge copies
 
 
@@ -30,24 +33,31 @@ def request_id(**asked: Any) -> str:
 
 
 class DoneSet:
-    """A set of 16-byte digests: a sorted array of 16 bytes each, and at most FRESH more in a Python set.
+    """A set of 16-byte digests, exact, at 14 bytes each: a sorted array, and at most FRESH more in a Python set.
 
-    Merging works in place from the back, so it needs no second array; the array grows by realloc, which moves pages and copies none on
-    Linux once it is large.
+    The digests that begin with one pair of bytes stand together and are stored without it; `_starts` says where they do (Knuth's
+    quotienting, half a megabyte for all pairs). Merging works in place from the back, so it needs no second array; the array grows by
+    realloc, which moves pages and copies none on Linux once it is large.
     """
 
     def __init__(self) -> None:
-        self._sorted: np.ndarray = np.empty(0, dtype=f"S{DIGEST_BYTES}")  # (N,); numpy pads with zero bytes, so all 16 are compared
+        self._rest: np.ndarray = np.empty(0, dtype=np.uint8)  # (N * REST_BYTES,), in the order of the digests
+        self._starts: np.ndarray = np.zeros(PREFIXES + 1, dtype=np.int64)  # digests before each prefix; the last one is N
+        self._loaded: np.ndarray = np.empty(0, dtype=np.uint8)  # whole digests between `load` and `settle`
         self._fresh: set[bytes] = set()
 
     def __len__(self) -> int:
-        return len(self._sorted) + len(self._fresh)
+        return int(self._starts[-1]) + len(self._fresh)
 
     def __contains__(self, digest: bytes) -> bool:
         if digest in self._fresh:
             return True
-        place = int(self._sorted.searchsorted(np.bytes_(digest)))
-        return place < len(self._sorted) and bool(self._sorted[place] == digest.rstrip(b"\0"))
+        prefix = int.from_bytes(digest[:PREFIX_BYTES])
+        begin, end = self._starts[prefix] * REST_BYTES, self._starts[prefix + 1] * REST_BYTES
+        group = self._rest[begin:end].view(f"S{REST_BYTES}")  # numpy pads with zero bytes, so all 14 are compared
+        rest = digest[PREFIX_BYTES:]
+        place = int(group.searchsorted(np.bytes_(rest)))
+        return place < len(group) and bool(group[place] == rest.rstrip(b"\0"))
 
     def add(self, digest: bytes) -> None:
         """Add a digest that is not in the set."""
@@ -56,36 +66,69 @@ class DoneSet:
             self._merge()
 
     def load(self, digests: bytes) -> None:
-        """Add many, end to end and in any order. Call `settle` after the last, before anything else."""
-        new = np.frombuffer(digests, dtype=self._sorted.dtype)
-        self._sorted.resize(len(self._sorted) + len(new), refcheck=False)
-        self._sorted[len(self._sorted) - len(new) :] = new
+        """Add many to an empty set, end to end and in any order. Call `settle` after the last, before anything else."""
+        end = len(self._loaded)
+        self._loaded.resize(end + len(digests), refcheck=False)
+        self._loaded[end:] = np.frombuffer(digests, dtype=np.uint8)
 
     def settle(self) -> int:
         """Sort what was loaded; returns how many were there more than once, and keeps them once."""
-        self._sorted.sort()
-        first = np.ones(len(self._sorted), dtype=bool)
-        first[1:] = self._sorted[1:] != self._sorted[:-1]
-        doubled = len(first) - int(first.sum())
-        if doubled:
-            self._sorted = self._sorted[first]
+        whole = self._loaded.view(f"S{DIGEST_BYTES}")
+        whole.sort()
+        first = np.ones(len(whole), dtype=bool)
+        first[1:] = whole[1:] != whole[:-1]
+        if doubled := len(first) - int(first.sum()):
+            self._loaded = np.array(whole[first].view(np.uint8))  # its own, so that it can be resized
+        del whole
+        count = len(self._loaded) // DIGEST_BYTES
+        self._starts = starts_of(self._loaded)
+        for begin in range(0, count, FRESH):  # in place: what is written lies before all that is still to be read
+            end = min(count, begin + FRESH)
+            rest = self._loaded[begin * DIGEST_BYTES : end * DIGEST_BYTES].reshape(-1, DIGEST_BYTES)[:, PREFIX_BYTES:].ravel()
+            self._loaded[begin * REST_BYTES : end * REST_BYTES] = rest
+        self._loaded.resize(count * REST_BYTES, refcheck=False)
+        self._rest, self._loaded = self._loaded, np.empty(0, dtype=np.uint8)
         return doubled
 
     def sha256(self) -> str:
         """Of the sorted digests, end to end."""
         self._merge()
-        return hashlib.sha256(self._sorted.data.cast("B") if len(self._sorted) else b"").hexdigest()
+        found, begin = hashlib.sha256(), 0
+        while begin < PREFIXES:
+            end = max(begin + 1, int(self._starts.searchsorted(self._starts[begin] + FRESH, side="right")) - 1)
+            found.update(self._whole(begin, end).data)
+            begin = end
+        return found.hexdigest()
+
+    def _whole(self, begin: int, end: int) -> np.ndarray:
+        """(n * DIGEST_BYTES,) uint8: the digests of the prefixes begin .. end - 1, in order."""
+        counts = np.diff(self._starts[begin : end + 1])
+        found = np.empty((int(counts.sum()), DIGEST_BYTES), dtype=np.uint8)
+        found[:, :PREFIX_BYTES] = np.repeat(np.arange(begin, end, dtype=">u2"), counts).view(np.uint8).reshape(-1, PREFIX_BYTES)
+        first, last = self._starts[begin] * REST_BYTES, self._starts[end] * REST_BYTES
+        found[:, PREFIX_BYTES:] = self._rest[first:last].reshape(-1, REST_BYTES)
+        return found.ravel()
 
     def _merge(self) -> None:
-        fresh = np.frombuffer(b"".join(self._fresh), dtype=self._sorted.dtype).copy()
-        fresh.sort()
+        fresh = np.frombuffer(b"".join(sorted(self._fresh)), dtype=np.uint8)
         self._fresh.clear()
-        end, left = len(self._sorted), len(fresh)
-        self._sorted.resize(end + left, refcheck=False)
-        while left:  # a piece moves to the right by the number of fresh digests below it, so nothing unread is written over
-            start = max(0, end - FRESH)
-            below = int(fresh[:left].searchsorted(self._sorted[start])) if start else 0
-            piece = np.concatenate([self._sorted[start:end], fresh[below:left]])
-            piece.sort(kind="stable")
-            self._sorted[start + below : end + left] = piece
-            end, left = start, below
+        below = starts_of(fresh)  # fresh digests before each prefix: by so many those of the array move to the right
+        self._rest.resize(len(self._rest) + len(fresh) // DIGEST_BYTES * REST_BYTES, refcheck=False)
+        end = PREFIXES
+        while below[end]:  # prefixes of about FRESH digests at a time, from the back, so nothing unread is written over
+            begin = max(0, min(end - 1, int(self._starts.searchsorted(self._starts[end] - FRESH))))
+            piece = np.concatenate([self._whole(begin, end), fresh[below[begin] * DIGEST_BYTES : below[end] * DIGEST_BYTES]])
+            piece.view(f"S{DIGEST_BYTES}").sort(kind="stable")
+            at = (self._starts[begin] + below[begin]) * REST_BYTES
+            rest = piece.reshape(-1, DIGEST_BYTES)[:, PREFIX_BYTES:].ravel()
+            self._rest[at : at + len(rest)] = rest
+            end = begin
+        self._starts += below
+
+
+def starts_of(digests: np.ndarray) -> np.ndarray:
+    """(PREFIXES + 1,) int64: how many of the digests, (n * DIGEST_BYTES,) uint8, lie before each prefix."""
+    prefixes = digests.view(">u2")[:: DIGEST_BYTES // PREFIX_BYTES]
+    found = np.zeros(PREFIXES + 1, dtype=np.int64)
+    np.cumsum(np.bincount(prefixes, minlength=PREFIXES), out=found[1:])
+    return found

@@ -7,7 +7,7 @@ import logging
 import os
 import shutil
 import time
-from collections.abc import Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import suppress
 from pathlib import Path
 from types import TracebackType
@@ -18,7 +18,19 @@ from components.store.files import as_json, lock, replace_file, trouble, write_a
 from components.store.finish import FINAL, write_final
 from components.store.ids import DoneSet
 from components.store.manifest import Manifest, move_aside, new_manifest, now, read_manifest, refuse_change
-from components.store.shards import INDEX_WIDTH, ShardWriter, encode, recover, refuse_lost, shard_name, shards_in
+from components.store.shards import (
+    INDEX_WIDTH,
+    ROW_AT,
+    ShardWriter,
+    encode,
+    identity_of,
+    index_of,
+    recover,
+    refuse_lost,
+    scan,
+    shard_name,
+    shards_in,
+)
 
 OWN_COLUMNS = ("request_id", "index")  # of the final files; a row has others
 log = logging.getLogger(__name__)
@@ -144,6 +156,12 @@ class Store:
         """How often a request that is not done has failed, in all runs."""
         return self._attempts.get(bytes.fromhex(identity), 0)
 
+    def rows(self) -> Iterator[tuple[str, int, dict[str, Any]]]:
+        """(id, index, row) of all that is saved, in the order in which it came."""
+        for path in shards_in(self.folder):
+            for _, line in scan(path, []):
+                yield identity_of(line).decode(), index_of(line), json.loads(line[ROW_AT:-2])
+
     @property
     def failed(self) -> int:
         """Requests that failed and are not done."""
@@ -215,14 +233,16 @@ class Store:
         except OSError as error:
             raise self._trouble(error) from error
 
-    def finish(self, total: int, missing: str = "refuse") -> Path:
+    def finish(self, total: int, missing: str = "refuse", order: Iterable[str] | None = None) -> Path:
         """Write `final/`: the rows in input order as parquet, and _SUCCESS; returns the folder. Done already: nothing is written.
 
-        total: requests of the input. missing: 'skip' leaves requests without a row out, 'refuse' raises UserError. See `write_final`.
+        total: requests of the input. missing: 'skip' leaves requests without a row out, 'refuse' raises UserError. order: ids of all
+        requests of the input, as it is now; None: their places are those of when they were asked. See `write_final`.
         """
         self.commit()
+        names = None if order is None else bytes.fromhex("".join(order))
         try:
-            return write_final(self.folder, total, self._done, missing)
+            return write_final(self.folder, total, self._done, missing, names)
         except OSError as error:
             with suppress(OSError):
                 shutil.rmtree(self.folder / f"{FINAL}.partial")
@@ -272,3 +292,9 @@ def payload_of(row: Mapping[str, Any]) -> bytes:
         return text.encode()
     except UnicodeEncodeError:
         return text.encode("utf-16", "surrogatepass").decode("utf-16", "replace").encode()
+
+
+def stored(row: Mapping[str, Any]) -> dict[str, Any]:
+    """A row as a reader of the store will find it."""
+    found: dict[str, Any] = json.loads(payload_of(row))
+    return found

@@ -16,6 +16,7 @@ import torch
 from torch import Tensor
 
 from components.contracts import (
+    CANCELLED,
     Batch,
     Completion,
     Decoding,
@@ -104,6 +105,7 @@ class NativeEngine:
         self._lock = threading.Lock()  # one step of the model at a time: its mode is changed during one
         self._warned = False
         self._generated = 0
+        self._cancelled: set[str] = set()
 
     def generate(self, prompts: Sequence[Prompt], params: Decoding) -> list[Completion]:
         """Complete every prompt (token ids that start with the document start). Returns completions in the order of the prompts.
@@ -174,6 +176,12 @@ class NativeEngine:
                         except (UserError, ValueError) as error:
                             free.release()
                             yield job.result(*who, str(error))
+                    for job in [one for one in dict.fromkeys(jobs.values()) if one.request.id in self._cancelled]:
+                        batcher.drop(job.rows)
+                        jobs = {row: other for row, other in jobs.items() if other is not job}
+                        self._cancelled.discard(job.request.id)
+                        free.release()
+                        yield job.result(*who, CANCELLED)
                     if not batcher.busy:
                         continue
                     try:
@@ -196,9 +204,14 @@ class NativeEngine:
                             free.release()
                             yield job.result(*who)
             finally:
+                self._cancelled.clear()
                 feeder.cancel()
                 with suppress(asyncio.CancelledError):
                     await feeder
+
+    def cancel(self, request: str) -> None:
+        """See the contract."""
+        self._cancelled.add(request)
 
     def score(self, sequences: list[list[int]]) -> list[Tensor]:
         """Log-probability of each token given those before it: one (T-1,) float32 CPU tensor a sequence.

@@ -14,7 +14,7 @@ from typing import Any
 
 import numpy as np
 
-from components.contracts import Completion, Decoding, OnPiece, Prompt, Request, Result, SamplingParams, Usage, UserError
+from components.contracts import CANCELLED, Completion, Decoding, OnPiece, Prompt, Request, Result, SamplingParams, Usage, UserError
 from components.decoding.sampling import mix64
 
 HOPELESS = ("http_401", "http_403", "http_404")  # the key or the model: the fault of no request in particular
@@ -141,6 +141,7 @@ class RequestEngine:
             raise UserError(f"engine.concurrency: {concurrency}; at least 1 is allowed")
         self.concurrency, self.retry, self.breaker = concurrency, retry, breaker
         self.counts: Counter[str] = Counter()  # retries, and errors by kind
+        self._on_the_way: dict[str, asyncio.Task[Result]] = {}
 
     async def ask(self, request: Request) -> Result:
         """One attempt. Raises EngineError."""
@@ -170,13 +171,31 @@ class RequestEngine:
                 if reading in done:
                     request = reading.result()  # type: ignore[union-attr]
                     if request is not None:
-                        running.add(asyncio.create_task(self._answer(request)))
+                        running.add(asyncio.create_task(self._cancellable(request)))
                     reading = asyncio.ensure_future(anext(source, None)) if request is not None else None  # type: ignore[arg-type]
         finally:
             for task in (*running, *([reading] if reading is not None else [])):
                 task.cancel()
             await asyncio.gather(*running, return_exceptions=True)
             await self.end()
+
+    def cancel(self, request: str) -> None:
+        """See the contract; the connection is closed, which is how a server learns of it. Call it in the loop of the stream."""
+        if (task := self._on_the_way.get(request)) is not None:
+            task.cancel()
+
+    async def _cancellable(self, request: Request) -> Result:
+        """The answer, or the error CANCELLED; where the stream itself ends, the end."""
+        began = time.monotonic()
+        task = self._on_the_way[request.id] = asyncio.ensure_future(self._answer(request))
+        try:
+            await asyncio.wait({task})
+            if task.cancelled():
+                return Result(request.id, [], Usage(), {"total": time.monotonic() - began}, self.engine_id, CANCELLED)
+            return task.result()
+        finally:
+            del self._on_the_way[request.id]
+            task.cancel()
 
     async def _answer(self, request: Request) -> Result:
         """Attempts until there is an answer, an error that no attempt mends, or no attempt left."""

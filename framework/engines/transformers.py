@@ -13,7 +13,19 @@ from typing import Any, Literal, cast
 import torch
 from torch import Tensor
 
-from components.contracts import Completion, Decoding, OnPiece, Prompt, Request, Result, SamplingParams, Tokenizer, Usage, UserError
+from components.contracts import (
+    CANCELLED,
+    Completion,
+    Decoding,
+    OnPiece,
+    Prompt,
+    Request,
+    Result,
+    SamplingParams,
+    Tokenizer,
+    Usage,
+    UserError,
+)
 from components.decoding.sampling import RowSampling, check_params, sample_token, seen_tokens
 from components.decoding.stops import TextStream
 from framework.engines.requests import told
@@ -62,6 +74,7 @@ class TransformersEngine:
         self._blocked = torch.arange(self.model.config.vocab_size, device=place) >= tokenizer.vocab_size
         self._blocked[list(tokenizer.unsaid_ids)] = True
         self._generated = 0
+        self._cancelled: set[str] = set()
 
     def generate(self, prompts: Sequence[Prompt], params: Decoding) -> list[Completion]:
         """See the contract."""
@@ -87,7 +100,14 @@ class TransformersEngine:
         """See the contract; as many requests as are to run at a time make a round."""
         async for some in gathered(requests, concurrency):
             for request, result in await asyncio.to_thread(self._round, some):
+                if request.id in self._cancelled:
+                    result = replace(result, completions=[], error=CANCELLED)
                 yield told(replace(result, request_id=request.id), on_piece)
+            self._cancelled.clear()
+
+    def cancel(self, request: str) -> None:
+        """See the contract. transformers' generate cannot be stopped: a batch is written to its end, and the answer dropped."""
+        self._cancelled.add(request)
 
     def _ids(self, prompt: Prompt) -> list[int]:
         """Raise ValueError for a text, a conversation, nothing, or an id that the model does not have."""

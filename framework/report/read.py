@@ -16,7 +16,7 @@ from typing import Any
 import yaml
 
 from components.contracts import UserError
-from framework.runs import STATE_FILE, is_locked
+from framework.runs import STATE_FILE, is_locked, refuse_scripted
 
 INSIDE_A_RUN = {"checkpoints", "wandb", "tokenizer", ".hydra"}
 SWEEP_FILE, ERROR_FILE = "sweep.json", "error.txt"
@@ -189,13 +189,14 @@ def read_json(file: Path, problems: list[str]) -> dict[str, Any]:
 
 
 def read_metrics(path: Path, problems: list[str], required: bool) -> dict[str, float]:
-    """Finite numbers of metrics.json."""
+    """Finite numbers of metrics.json. Raises UserError for those of a scripted engine."""
     file = path / "metrics.json"
     if not file.exists():
         if required:
             problems.append(f"{file}: missing, though the run is done")
         return {}
     content = read_json(file, problems)
+    refuse_scripted(path, content.get("engine"))
     numbers = {k: v for k, v in content.items() if isinstance(v, (int, float)) and not isinstance(v, bool)}
     return {key: float(value) for key, value in numbers.items() if math.isfinite(value)}
 

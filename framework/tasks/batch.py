@@ -12,20 +12,23 @@ from typing import Any, Literal
 from omegaconf import OmegaConf
 
 from components.contracts import Request, Result, UserError
-from components.decoding.rounds import seed_of
+from components.decoding.rounds import Query, each_with_other, seed_of
 from components.store import Store, request_id
+from framework.decoding import setting_of
 from framework.engines.building import digest
 from framework.generate import Context, measures, renderer, tokens_of
 from framework.jobs import answer_row, run_job
 from framework.prompts import Request as Asked
 from framework.prompts import parse_request
+from framework.round_jobs import CALLS, run_round_job
 
 
 class Batch:
     """Answers a JSONL file of prompts into a folder; the same command goes on where a killed one was, and asks nothing twice that it kept.
 
     Every request has its own seed, from the run's seed and its name, so that the final files are the same bytes however often the command
-    was stopped, as far as the engine itself repeats.
+    was stopped, as far as the engine itself repeats. With a decoding of several calls every call is kept too, in the folder `calls`, so
+    that one that was stopped between two rounds goes on with the second.
 
     Args:
         prompts: file; output: folder; n: answers to every prompt.
@@ -34,6 +37,8 @@ class Batch:
 
     Raises: UserError for no file or folder, and values that are not allowed.
     """
+
+    asks_in_rounds = True
 
     def __init__(
         self, prompts: str | None, output: str | None, n: int, concurrency: int, max_attempts: int, missing: Literal["refuse", "skip"],
@@ -58,6 +63,8 @@ class Batch:
 
     def run(self, context: Context) -> dict[str, float]:
         """Answer what is missing, then write final/; returns counts and speed."""
+        if context.method is not None and self.n > 1:
+            raise UserError(f"n: {self.n}; this decoding makes one answer from several calls (decode.n); drop n")
         total = sum(1 for _ in self._named())  # also: can all of it be read?
         began = time.monotonic()
         with Store.open(self.output, space=self._space(context), **self.keeping) as store:
@@ -72,14 +79,48 @@ class Batch:
             if before:
                 say(f"{before:,} of {total:,} answers are in {self.output} already")
             tokens = tokens_of(context.engine)
-            run_job(self._requests(context, store), context.engine, store, row=self._row, total=total, **self.job)
+            if context.method is None:
+                run_job(self._requests(context, store), context.engine, store, row=self._row, total=total, **self.job)
+            else:
+                self._in_rounds(context, store, total)
             lost = total - len(store)
             if lost:
                 say(f"{lost:,} requests have no answer; why is in {self.output / 'errors.jsonl'}")
-            final = store.finish(total, self.missing)
+            final = store.finish(total, self.missing, (name for name, _, _ in self._named()))
             answered = len(store) - before
         say(f'{total - lost:,} answers in {final}. Next: datasets.load_dataset("parquet", data_dir={str(final)!r}, split="train")')
         return {**measures(tokens_of(context.engine) - tokens, time.monotonic() - began, answered), "errors": float(lost)}
+
+    def _in_rounds(self, context: Context, store: Store, total: int) -> None:
+        """Answer what is missing in several calls each; the calls are kept in a store of their own."""
+        assert context.method is not None
+        render, run = renderer(context), context.source
+        tokenizer, cost = (None, None) if run is None else (run.tokenizer, run.model.forward_flops)
+        setting = setting_of(context.engine, tokenizer, render, context.params)
+
+        def named() -> Iterator[Query]:
+            for name, asked, where in self._named():
+                if name not in store:
+                    render(asked.given, where=where)  # what cannot be read is said with its line
+                    self._asked[name] = asked
+                yield Query(name, asked.given)
+
+        def row(query: Query, record: dict[str, Any]) -> dict[str, Any]:
+            asked = self._asked.pop(str(query.id))
+            kept = {key: value for key, value in record.items() if key not in ("id", "said", "error")}
+            return {"id": str(asked.id), "prompt": asked.given, **kept}
+
+        with Store.open(self.output / CALLS, space=self._space(context), **self.keeping) as calls:
+            for line in calls.mended:
+                say(f"{calls.folder}: {line}")
+            queries = enumerate(each_with_other(named()))
+            _, reused = run_round_job(
+                queries, context.method, context.engine, store, calls, render=render, setting=setting, cost=cost, row=row, total=total,
+                **self.job,
+            )  # fmt: skip
+            say(
+                f"{len(calls):,} calls are in {calls.folder}" + (f"; {reused:,} of unfinished answers were there already" if reused else "")
+            )
 
     def _space(self, context: Context) -> dict[str, Any]:
         """Everything that decides the answers but the prompts."""
@@ -92,6 +133,8 @@ class Batch:
             "n": self.n,
             "task": context.task,
         }
+        if context.method is not None:
+            found["decode"] = context.how
         if run is not None:
             data = OmegaConf.to_container(run.cfg.data, resolve=True)
             template = {key: data[key] for key in ("_target_", "template") if isinstance(data, dict) and key in data}

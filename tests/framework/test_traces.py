@@ -8,7 +8,10 @@ from pathlib import Path
 import pytest
 
 import generate as entry_point
+from components.contracts import UserError
 from framework import decoding_report
+from framework.arms import read_job
+from framework.report.read import read_metrics
 from framework.traces import by_candidates
 from tests.framework.test_generate import TEXT, make_run, prompts_file, refused
 
@@ -124,6 +127,23 @@ def test_ways_to_answer_are_compared_in_pairs(tmp_path, capsys):
     ):
         assert decoding_report.main([*map(str, words)]) == 2
         assert message in capsys.readouterr().err
+
+
+def test_results_of_a_scripted_engine_are_refused_by_every_reader(call, home, tmp_path, capfd):
+    assert call("task=evaluate", "eval=gsm8k", f"eval.path={home / 'problems.jsonl'}")[0] == 0
+    file = tmp_path / "out" / "metrics.json"
+    metrics = json.loads(file.read_text())
+    assert metrics["engine"] == "native" and decoding_report.main([str(file.parent)]) == 0
+    file.write_text(json.dumps({**metrics, "engine": "scripted:same"}))
+    line = "engine 'scripted:same' says what a script tells it to; no report or verdict is made of its answers"
+    capfd.readouterr()
+    assert decoding_report.main([str(file.parent)]) == 2
+    said = capfd.readouterr().err
+    assert line in said and said.count("\n") == 1
+    with pytest.raises(UserError, match=line):
+        read_metrics(file.parent, [], required=True)
+    with pytest.raises(UserError, match=line):
+        read_job(file.parent)
 
 
 @pytest.mark.slow

@@ -10,7 +10,7 @@ import pytest
 import torch
 from engines import ABLE, DRAWN, GREEDY, LENGTH, opened
 
-from components.contracts import Constraint, Request, UserError
+from components.contracts import CANCELLED, Constraint, Request, UserError
 from framework.engines.requests import each_of
 
 MARKS = {"vllm": pytest.mark.vllm, "openai_serve": pytest.mark.serve}
@@ -166,6 +166,28 @@ def test_a_request_that_cannot_be_answered_ends_nothing(engine):
     results = {r.request_id: r for r in streamed(engine, [bad, *(Request(str(i), ids, GREEDY) for i, ids in enumerate(prompts()))])}
     assert results["bad"].error and not results["bad"].completions
     assert all(result.error is None for name, result in results.items() if name != "bad") and len(results) == 1 + len(LENGTHS)
+
+
+def test_a_cancelled_request_ends_and_no_other(engine):
+    """Cancelled as soon as a shorter one is answered; transformers writes its batch to the end all the same."""
+    before = engine.diagnostics()["tokens"]
+
+    async def collect():
+        found = {}
+        asked = [Request("long", prompts()[0], replace(GREEDY, max_new_tokens=LENGTH - 64)), Request("short", prompts()[1], GREEDY)]
+        async for result in engine.stream(each_of(asked), concurrency=4):
+            found[result.request_id] = result
+            if result.request_id == "short":
+                engine.cancel("long")
+        return found
+
+    found = asyncio.run(collect())
+    if engine.kind != "transformers":
+        assert found["long"].error == CANCELLED and not found["long"].completions
+    assert found["short"].error is None
+    if engine.kind == "native":
+        assert engine.diagnostics()["tokens"] - before < 24 + 24 + 8
+    assert engine.generate(prompts()[:1], GREEDY)[0].finish_reason in ("length", "stop")
 
 
 def test_scores(engine, native):

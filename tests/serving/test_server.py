@@ -1,7 +1,12 @@
 """task=serve as a process of its own, spoken to by OpenAI's own client."""
 
 import concurrent.futures
+import json
+import socket
+import time
+from urllib.parse import urlsplit
 
+import httpx
 import openai
 import pytest
 from engines import make_run, served
@@ -97,6 +102,32 @@ def test_what_is_refused(client, change, status, told):
     with pytest.raises(openai.APIStatusError) as caught:
         client.completions.create(**{"model": "run", "prompt": "x", "max_tokens": 4, **change})
     assert caught.value.status_code == status and told in caught.value.body["message"]
+
+
+@pytest.mark.parametrize("stream", [True, False])
+def test_a_caller_who_hangs_up_stops_the_work(client, stream):
+    """A socket that is really closed, of one caller among others: no more tokens are made for it, and the next one is answered."""
+    url, most = urlsplit(str(client.base_url)), 20_000
+    health = f"http://{url.netloc}/health"
+    before = httpx.get(health).json()
+    body = json.dumps({"prompt": "Once", "max_tokens": most, "n": 2, "stream": stream, "ignore_eos": True}).encode()
+    head = f"POST /v1/completions HTTP/1.1\r\nHost: x\r\nContent-Type: application/json\r\nContent-Length: {len(body)}\r\n\r\n"
+    with socket.create_connection((url.hostname, url.port), timeout=60) as connection:
+        connection.sendall(head.encode() + body)
+        while httpx.get(health).json()["tokens"] < before["tokens"] + 20:  # it is being written
+            time.sleep(0.02)
+        if stream:
+            assert b"200 OK" in connection.recv(1 << 16)
+    until = time.monotonic() + 30
+    while httpx.get(health).json()["requests"] and time.monotonic() < until:
+        time.sleep(0.02)
+    time.sleep(0.2)  # a step may be under way
+    after = httpx.get(health).json()
+    time.sleep(0.5)
+    again = httpx.get(health).json()
+    assert (after["requests"], after["cancelled"], after["answered"]) == (0, before["cancelled"] + 1, before["answered"])
+    assert again["tokens"] == after["tokens"] < before["tokens"] + 2 * most
+    assert client.completions.create(model="run", prompt="Once", max_tokens=4, **WHOLE).usage.completion_tokens == 4
 
 
 def test_conversations_need_a_run_that_was_trained_on_them(client):

@@ -97,6 +97,36 @@ def test_requests_that_moved_are_noticed(tmp_path):
             store.finish(0)
 
 
+def test_the_order_of_now_counts_and_an_older_final_is_replaced(tmp_path):
+    fill(tmp_path, range(20), fsync_rows=3)
+    order = [identity(index) for index in shuffled(20, 5, 7)]
+    with open_again(tmp_path) as store:
+        store.finish(20)
+        with pytest.raises(UserError, match="number 19 when it was asked, that is not among them now"):
+            store.finish(19, order=sorted(order, key=lambda name: name == identity(19))[:19])
+        with pytest.raises(UserError, match=r"requests 1 and 20 .* are the same"):
+            store.finish(21, order=[*order, order[1]])
+        for names in (order, order[::-1], order[::-1]):
+            rows = pq.read_table(store.finish(20, order=names)).to_pylist()
+            assert [row["request_id"] for row in rows] == names and [row["index"] for row in rows] == list(range(20))
+            assert all(
+                row["prompt"] == row_of(number)["prompt"] for row in rows for number in range(20) if row["request_id"] == identity(number)
+            )
+        before = (tmp_path / "final/_SUCCESS").stat().st_mtime_ns
+        store.finish(20, order=order[::-1])
+        assert (tmp_path / "final/_SUCCESS").stat().st_mtime_ns == before
+        assert pq.read_table(store.finish(21, "skip", [*order, identity(20)])).num_rows == 20
+    fresh = tmp_path / "fresh"
+    with open_again(fresh) as store:
+        for place, name in enumerate(order):
+            number = next(n for n in range(20) if identity(n) == name)
+            store.append(name, place, row_of(number))
+        store.finish(20, order=order)
+    with open_again(tmp_path) as store:
+        store.finish(20, order=order)
+    assert final_bytes(fresh) == final_bytes(tmp_path)  # as if it had been asked in this order
+
+
 def test_nothing_to_do_is_an_empty_table_and_a_second_finish_writes_nothing(tmp_path):
     with Store.open(tmp_path, space=SPACE) as store:
         final = store.finish(0)

@@ -60,6 +60,15 @@ def test_answers_in_the_order_of_the_file_and_once(home, call, tmp_path):
     assert json.loads(Path(f"{tmp_path / 'out'}.hydra/metrics.json").read_text())["answers"] == 0
 
 
+def test_a_reordered_file_gives_its_own_order(home, call, tmp_path):
+    file, rows = tmp_path / "mine.jsonl", [json.dumps({"prompt": f"No. {i}", "id": f"own {i}"}) + "\n" for i in range(6)]
+    for names in (rows, rows[::-1]):
+        file.write_text("".join(names))
+        assert call(tmp_path / "out", f"prompts={file}")[0] == 0
+        found = pq.read_table(tmp_path / "out" / "final").to_pylist()
+        assert [row["id"] for row in found] == [json.loads(line)["id"] for line in names] and found[0]["index"] == 0
+
+
 def test_other_settings_do_not_mix(home, call, tmp_path):
     assert call(tmp_path / "out")[0] == 0
     code, err = call(tmp_path / "out", "decode.temperature=0.3")
@@ -101,6 +110,65 @@ def test_mistakes_are_one_line(home, call, tmp_path, more, line):
     code, err = call(tmp_path / "out", *more)
     assert code == 2 and line in err and "Traceback" not in err, err
     assert not (tmp_path / "out" / "parts").exists()
+
+
+def test_several_calls_an_answer(home, call, tmp_path):
+    file = tmp_path / "mine.jsonl"
+    file.write_text("".join(json.dumps({"prompt": f"No. {i}"}) + "\n" for i in range(4)))
+    code, err = call(tmp_path / "out", f"prompts={file}", "decode=gsa")
+    assert code == 0 and "4 answers in" in err and "16 calls are in" in err, err
+    rows = pq.read_table(tmp_path / "out" / "final").to_pylist()
+    assert [row["prompt"] for row in rows] == [f"No. {i}" for i in range(4)] and len(json.loads(rows[0]["candidates"])) == 3
+    assert json.loads(rows[0]["usage"])["calls"] == 4 and json.loads(rows[0]["usage"])["flops"] > 0
+    before = final(tmp_path / "out")
+    assert call(tmp_path / "out", f"prompts={file}", "decode=gsa")[0] == 0 and final(tmp_path / "out") == before
+    code, err = call(tmp_path / "out", f"prompts={file}", "decode=gsa", "decode.n=2")
+    assert code == 2 and "decode.n: 3 -> 2" in err and err.count("error:") == 1, err
+    code, err = call(tmp_path / "out", f"prompts={file}", "decode=gsa", "n=2")
+    assert code == 2 and "n: 2; this decoding makes one answer from several calls" in err
+
+
+@pytest.mark.slow
+def test_a_kill_between_two_rounds_changes_no_byte(home, tmp_path):
+    """kill -9 at a moment when some prompt has all its samples and no new answer: the samples are kept, and asked once."""
+    file, samples = tmp_path / "mine.jsonl", 3
+    file.write_text("".join(json.dumps({"prompt": f"No. {i}"}) + "\n" for i in range(24)))
+
+    def start(out):
+        more = [f"prompts={file}", "decode=gsa", "task.fsync_rows=1", "task.concurrency=6"]
+        command = [sys.executable, ROOT / "generate.py", *words(home, out, *more, tokens=120)]
+        return subprocess.Popen(command, stderr=subprocess.PIPE, text=True)
+
+    def calls(out):
+        part = out / "calls" / "parts" / "part-00000.jsonl"
+        lines = part.read_bytes().split(b"\n")[:-1] if part.exists() else []
+        return [(json.loads(line)["id"], json.loads(line)["row"]) for line in lines]
+
+    def between(found):
+        """Queries with all samples and no aggregate."""
+        roles = {}
+        for _, row in found:
+            roles.setdefault(row["query"], []).append(row["role"])
+        return {query for query, seen in roles.items() if seen == ["sample"] * samples}
+
+    whole = start(tmp_path / "whole")
+    assert whole.wait(300) == 0, whole.stderr.read()
+    killed = tmp_path / "killed"
+    for kill in range(1, 4):
+        process = start(killed)
+        while process.poll() is None and not (between(found := calls(killed)) and len(found) >= 20 * kill):
+            time.sleep(0.002)
+        process.send_signal(signal.SIGKILL)
+        process.wait()
+        before = calls(killed)
+        assert before and (waiting := between(before)), "it was not killed between two rounds: make the answers longer"
+    last = start(killed)
+    assert last.wait(300) == 0, last.stderr.read()
+    after = calls(killed)
+    assert after[: len(before)] == before and len({name for name, _ in after}) == len(after) == 24 * (samples + 1)
+    assert all(row["role"] == "aggregate" for _, row in after[len(before) :] if row["query"] in waiting)
+    assert "of unfinished answers were there already" in last.stderr.read()
+    assert final(killed) == final(tmp_path / "whole")
 
 
 @pytest.mark.slow

@@ -39,11 +39,19 @@ class Claim:
     budget_minutes: float  # of training, all runs together
     threshold: dict[str, float] = field(default_factory=dict)  # {axis: least gain}, axis one of AXES; a plain number is for "end"
     require: list[dict[str, Any]] = field(default_factory=list)  # of test: bounds, in place of the threshold
-    rivals: list[str] = field(default_factory=list)  # arms that the first is compared with, the others are shown; empty: all are compared
+    # Arms that the first is compared with, the others are shown; empty: all are compared. {arm: its rivals} compares several.
+    rivals: list[str] | dict[str, list[str]] = field(default_factory=list)
     tunes: list[str] = field(default_factory=list)  # keys that a first stage chose for each arm
     show: list[str] = field(default_factory=list)  # further metrics for the table of the verdict
     better: str = "lower"  # lower | higher
     level: float = 0.95  # of the confidence interval
+
+    @property
+    def pairs(self) -> list[tuple[str, str]]:
+        """(arm, rival) that are compared."""
+        first, *others = self.arms
+        against = self.rivals if isinstance(self.rivals, Mapping) and self.rivals else {first: self.rivals or others}
+        return [(arm, other) for arm, some in against.items() for other in some]
 
 
 REQUIRED = ("statement", "metric", "arms", "test", "seeds", "budget_minutes")
@@ -69,9 +77,13 @@ def problems(node: Any) -> Iterator[str]:
     elif node["test"] == "bounds":
         yield from bounds.problems(node["require"], arms)
     else:
-        for name in node.get("rivals") or []:
-            if name not in (others := list(arms)[1:]):
-                yield f"claim.rivals: {name!r} is not one of {', '.join(others)}{nearest(str(name), others)}"
+        first, rivals = next(iter(arms)), node.get("rivals") or []
+        for arm, some in rivals.items() if isinstance(rivals, dict) else [(first, rivals)]:
+            if arm not in arms:
+                yield f"claim.rivals: {arm!r} is not one of {', '.join(arms)}{nearest(str(arm), list(arms))}"
+            for name in some:
+                if name not in (others := [other for other in arms if other != arm]):
+                    yield f"claim.rivals: {name!r} is not one of {', '.join(others)}{nearest(str(name), others)}"
     for axis, least in (threshold if isinstance(threshold, dict) else {"end": threshold}).items():
         if axis not in AXES:
             yield f"claim.threshold.{axis}: not an axis; one of {', '.join(AXES)}{nearest(str(axis), AXES)}"

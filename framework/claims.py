@@ -38,7 +38,7 @@ Cells = dict[tuple[str, int], Job]  # (arm, seed) -> its one finished run
 def judge(sweep_dir: str | Path) -> dict[str, Any] | None:
     """Compute the verdict on a sweep and write it to verdict.json.
 
-    Each arm after the first, or each of `rivals`, is compared with the first on every axis of the threshold. Gain: how much better the
+    The first arm is compared with each other one, or arms with their `rivals`, on every axis of the threshold. Gain: how much better the
     first is; for paired_t the interval is that of the mean difference over equal seeds. One comparison is SUPPORTED when its whole interval
     lies at or above the threshold, NOT SUPPORTED when all of it lies below, else INCONCLUSIVE. The claim is SUPPORTED when all are, NOT
     SUPPORTED when any is. `test: bounds` has no interval: each bound holds or does not (framework/bounds.py).
@@ -77,7 +77,7 @@ def judge(sweep_dir: str | Path) -> dict[str, Any] | None:
     if claim.test == "bounds":
         compared = [bounded(line, claim, cells) for line in claim.require]
     else:
-        compared = [compare(claim, cells, other, axis) for other in claim.rivals or list(claim.arms)[1:] for axis in claim.threshold]
+        compared = [compare(claim, cells, first, other, axis) for first, other in claim.pairs for axis in claim.threshold]
     faults += [sentence({}, c) for c in compared if c.get("fault")]
     verdict = {
         "verdict": INCONCLUSIVE if faults else overall([c["verdict"] for c in compared]), "experiment": experiment,
@@ -157,12 +157,11 @@ def check_first_stage(claim: Claim, stages: set[str], wanted: str, cells: Cells)
     return {"sweep": shown(folder), "command": command(folder), "minutes": round(minutes, 2), "arms": found}, faults, notes
 
 
-def compare(claim: Claim, cells: Cells, other: str, axis: str) -> dict[str, Any]:
-    """The first arm against another one on one axis: gain, interval and verdict.
+def compare(claim: Claim, cells: Cells, first: str, other: str, axis: str) -> dict[str, Any]:
+    """An arm against another one on one axis: gain, interval and verdict.
 
     On an axis, two runs of the same seed are read at the smaller of their two totals, so that neither gets more of it.
     """
-    first = next(iter(claim.arms))
     result: dict[str, Any] = {
         "arms": [first, other],
         "axis": axis,

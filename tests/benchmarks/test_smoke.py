@@ -6,7 +6,7 @@ import sys
 import pytest
 import torch
 
-from benchmarks import attention, cases, common, decode, gpu, plots, selective_scan, train_samba
+from benchmarks import attention, cases, common, decode, gpu, plots, question_diversity, selective_scan, train_samba
 
 
 @pytest.fixture(autouse=True)
@@ -22,6 +22,12 @@ def test_a_benchmark_runs_and_writes_nothing(module, results, capsys):
     pytest.importorskip("transformers")
     module.main(["--smoke"])
     assert "e-0" in capsys.readouterr().out  # the difference between the sides, of floating-point size
+    assert not results.exists()
+
+
+def test_the_diversity_of_each_level_is_a_row(results, capsys):
+    question_diversity.main(["--smoke"])
+    assert [line.split()[:2] for line in capsys.readouterr().out.splitlines()[2:]] == [[level, n] for level in "123" for n in ("32", "64")]
     assert not results.exists()
 
 

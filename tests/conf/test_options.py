@@ -71,6 +71,10 @@ def test_option_composes_and_passes_every_check(config, group, option):
         ("attention", "attention=own"),
         ("arm", f"arm={arms and arms[1]}"),
         ("texts", "texts=anywhere"),
+        ("level", "level=3"),
+        ("size", "size=4k"),
+        ("start", "start=scratch"),
+        ("starts", "starts.base=anywhere"),
     ):
         if re.search(rf"^{key}:[ \n]", text, re.MULTILINE):  # an experiment of several stages
             overrides.append(value)

@@ -85,6 +85,26 @@ def test_rivals_are_compared_and_other_arms_only_shown(tmp_path):
     assert line.startswith("claim.rivals: 'bets' is not one of old, best") and "best" in line.rpartition(";")[2]
 
 
+def test_several_arms_have_rivals_of_their_own(tmp_path):
+    arms = {**CLAIM["arms"], "best": {"optimizer": "best"}}
+    for name, rivals, expected in (
+        ("a", {"new": ["old"], "best": ["old"]}, SUPPORTED),
+        ("b", {"old": ["best"], "best": ["new"]}, NOT_SUPPORTED),
+    ):
+        claim = {**CLAIM, "arms": arms, "threshold": 0.1, "rivals": rivals}
+        folder = write_sweep(tmp_path / name, NEW, OLD, claim=claim)
+        for seed in (1, 2, 3):
+            write_job(folder, 20 + seed, "best", seed, 0.5, claim=claim)
+        verdict = judge(folder)
+        assert verdict["verdict"] == expected
+        assert [c["arms"] for c in verdict["comparisons"]] == [[arm, other] for arm, others in rivals.items() for other in others]
+    lines = list(problems({**claim, "rivals": {"nwe": ["old"], "old": ["old"]}}))
+    assert [line.partition(";")[0] for line in lines] == [
+        "claim.rivals: 'nwe' is not one of new, old, best",
+        "claim.rivals: 'old' is not one of new, best",
+    ]
+
+
 def test_one_seed_says_nothing(tmp_path):
     verdict = judge(write_sweep(tmp_path, [1.0], [9.0], claim={**CLAIM, "seeds": [1]}))
     assert verdict["verdict"] == INCONCLUSIVE

@@ -72,8 +72,9 @@ def problems(node: Any) -> Iterator[str]:
     if missing:
         return
     threshold, arms = node.get("threshold") or {}, node["arms"]
-    if not isinstance(arms, dict) or len(arms) < 2 or not all(isinstance(words, dict) and words for words in arms.values()):
-        yield f"claim.arms: {arms!r}; at least two of NAME: {{group or key: value}}"
+    least = 1 if node["test"] == "bounds" else 2  # figures of one arm can keep bounds
+    if not isinstance(arms, dict) or len(arms) < least or not all(isinstance(words, dict) and words for words in arms.values()):
+        yield f"claim.arms: {arms!r}; at least {'one' if least == 1 else 'two'} of NAME: {{group or key: value}}"
     elif node["test"] == "bounds":
         yield from bounds.problems(node["require"], arms)
     else:

@@ -319,15 +319,23 @@ def section(verdict: dict[str, Any]) -> str:
 
 
 def measured(verdict: dict[str, Any]) -> list[str]:
-    """Table of what a claim of bounds also measured: mean and range over the seeds, a row an arm and a column a metric."""
+    """Table of what a claim of bounds also measured: mean and range over the seeds, a row an arm and a column a metric.
+
+    Of a single arm: a row a metric, since it may have many.
+    """
     figures: dict[str, dict[str, list[float]]] = verdict.get("figures") or {}
     metrics = list(dict.fromkeys(metric for by_metric in figures.values() for metric in by_metric))
     if not metrics:
         return []
+
+    def cell(values: list[float] | None) -> str:
+        return f"{sum(values) / len(values):.4g} [{min(values):.4g}, {max(values):.4g}]" if values else ""
+
+    if len(figures) == 1:
+        (arm,) = figures
+        return ["", f"| metric | {arm} |", "| --- | --- |", *(f"| {metric} | {cell(figures[arm][metric])} |" for metric in metrics)]
     text = ["", f"| arm | {' | '.join(metrics)} |", "| --- |" + " --- |" * len(metrics)]
-    for arm, by_metric in figures.items():
-        cells = [f"{sum(v) / len(v):.4g} [{min(v):.4g}, {max(v):.4g}]" if (v := by_metric.get(metric)) else "" for metric in metrics]
-        text.append(f"| {arm} | {' | '.join(cells)} |")
+    text += [f"| {arm} | {' | '.join(cell(by_metric.get(metric)) for metric in metrics)} |" for arm, by_metric in figures.items()]
     return text
 
 

@@ -17,7 +17,7 @@ from components.data.templates import PromptTemplate
 
 MIXING = ("proportional", "uniform", "temperature")
 KEYS = ("path", "val_path", "weight")
-FIELDS = (("instruction", "output"), ("prompt", "completion"))  # the question and the answer of a row, under their names
+FIELDS = (("instruction", "output"), ("prompt", "completion"), ("question", "answer"))  # question and answer of a row, under their names
 _NAME = re.compile(r"(?!\d+$)\w[\w.-]*")  # a part of metrics' names, and a number alone would be an id
 
 
@@ -29,7 +29,7 @@ class Question(NamedTuple):
 
 
 def asked_and_said(template: PromptTemplate, file: str, place: str, record: Record) -> tuple[str, str]:
-    """(prompt, answer) of a row with instruction, perhaps input, and output, or with prompt and completion; a prompt is an instruction.
+    """(prompt, answer) of a row with instruction, perhaps input, and output, or with other names of FIELDS; a prompt is an instruction.
 
     Raises UserError naming the row when it is neither, or when a field is no text.
     """
@@ -41,7 +41,7 @@ def asked_and_said(template: PromptTemplate, file: str, place: str, record: Reco
             break
     else:
         has = ", ".join(map(str, record)) or "no field"
-        raise UserError(f"{where} has only {has}; an example needs instruction and output, or prompt and completion")
+        raise UserError(f"{where} has only {has}; an example needs {', or '.join(' and '.join(names) for names in FIELDS)}")
     given = record.get("input") or ""
     for key, value in ((question, record[question]), (answer, record[answer]), ("input", given)):
         if not isinstance(value, str):
@@ -64,6 +64,13 @@ class TaskCorpus(FileCorpus):
         super().__init__(files, val_files, render, val_fraction, tails=False, variant=digest("multitask", loss_on, template))
         self._ask = partial(asked_and_said, template)
 
+    def problems(self, held_out: bool) -> Iterator[tuple[str, str]]:
+        """(question, answer) of what is trained on or held out, without the template. Rows with an input are no single question."""
+        bare, own = PromptTemplate("{instruction}{input}", "{instruction}"), self._val_files is not None
+        for key, file, place, record in (self._val_files if held_out and self._val_files is not None else self._files).records():
+            if (own or (key in (self._held_out or ())) == held_out) and not (isinstance(record, dict) and record.get("input")):
+                yield asked_and_said(bare, file, place, record)
+
     def questions(self) -> Iterator[Question]:
         """What is held out, in the order of the files."""
         files = self._files if self._val_files is None else self._val_files
@@ -77,7 +84,7 @@ class TaskCorpus(FileCorpus):
 class MultitaskData(TaskData):
     """Tasks by name: {path, val_path, weight}; a path is a file, folder, glob or hub:NAME, or a list of them. Their order gives the ids.
 
-    Rows of .json (a list), .jsonl, .parquet or a hub data set hold instruction, input (may be empty) and output, or prompt and completion.
+    Rows of .json (a list), .jsonl, .parquet or a hub data set hold instruction, input (may be empty) and output, or other names of FIELDS.
     Held out of a task is its val_path, else `val_fraction` of its examples, by a hash of their names.
     mixing: how rows (of seq_len tokens) are shared out among tasks that fill n of them in an epoch: in proportion to n (each row once an
     epoch), uniform, or to n^(1 / temperature) (arXiv 1910.10683, sec. 3.5.2), and in each case to `weight` (1 where left out) besides.
@@ -119,6 +126,11 @@ class MultitaskData(TaskData):
     def held_out_questions(self) -> dict[str, Iterator[Question]]:
         """The held-out examples of each task, to ask a model by generation. Needs no `prepare`."""
         return {name: task.questions() for name, task in zip(self.task_names, self._tasks, strict=True)}
+
+    def problems(self, split: str) -> list[tuple[str, str]]:
+        """(prompt, solution) of every example of `split`, train or val, without the template. Needs no `prepare`."""
+        held_out = choice("task.split", split, ("train", "val")) == "val"
+        return [one for task in self._tasks for one in task.problems(held_out)]
 
     def render(self, messages: Sequence[Message]) -> list[int]:
         """Return the ids that ask the model to answer an instruction, the one message of the user. Raises UserError for anything else."""

@@ -76,6 +76,14 @@ def test_verdicts(tmp_path):
     assert absent["verdict"] == INCONCLUSIVE and "val/none of new seed 1 is not there to take" in absent["why"][0]
 
 
+def test_one_arm_can_keep_bounds_and_its_table_has_a_row_a_metric(tmp_path):
+    """Comparing needs two arms; figures of one can be bounded, and it may show many of them."""
+    verdict = judge(sweep(tmp_path, [BELOW], arms={"new": CLAIM["arms"]["new"]}, show=["val/bits_per_byte", "val/none"]))
+    assert verdict["verdict"] == SUPPORTED and verdict["jobs"]["other"] == 3
+    assert "| metric | new |\n| --- | --- |\n| val/bits_per_byte | 1.6 [1.5, 1.7] |\n| val/none |  |" in section(verdict)
+    assert list(problems({**BOUNDED, "require": [BELOW], "arms": {}})) == ["claim.arms: no value given"]
+
+
 def test_the_command_prints_every_bound(tmp_path, capsys):
     assert claims.main([str(sweep(tmp_path, [BELOW]))]) == 0
     out = capsys.readouterr().out

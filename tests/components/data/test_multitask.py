@@ -137,6 +137,17 @@ def test_prompt_and_completion_and_answers_without_a_label(tmp_path):
     assert all(q.answer == "c" + q.prompt[1:].rstrip(": ") for q in data.held_out_questions()["one"])
 
 
+def test_problems_are_questions_without_the_template_and_every_one_is_in_one_split(tmp_path):
+    """GSM8K's own fields; a row with an input is no single question."""
+    records = [{"question": f"q{i}", "answer": f"#### {i}"} for i in range(20)]
+    extra = {"instruction": "add", "input": "1 2", "output": "3"}
+    tasks = {"one": write(tmp_path / "one.jsonl", records), "two": write(tmp_path / "two.json", [extra] * 20)}
+    data = prepared(tmp_path, tasks)
+    train, val = data.problems("train"), data.problems("val")
+    assert sorted(train + val) == sorted((r["question"], r["answer"]) for r in records) and val
+    assert {prompt for prompt, _ in val} == {q.prompt.rstrip(": ") for q in data.held_out_questions()["one"]}
+
+
 def shares(data, epochs=1):
     """Rows of each task in some epochs of the stream."""
     stream, found = data.train_stream(5), Counter()
@@ -258,7 +269,7 @@ def test_refusals_before_any_file_is_read(tasks, changes, message):
 
 
 BAD_FILES = {
-    "fields": ([{"question": "q", "answer": "a"}], "row 1 has only question, answer; an example needs instruction and output, or prompt"),
+    "fields": ([{"question": "q", "reply": "a"}], "row 1 has only question, reply; an example needs instruction and output, or prompt"),
     "no text": ([{"instruction": "q", "output": 3}], "row 1: output holds int, not text"),
     "input": ([{"instruction": "q", "output": "a", "input": [1]}], "row 1: input holds list, not text"),
     "empty": ([{"instruction": "q", "output": ""}], "row 1: output is empty"),

@@ -1,0 +1,197 @@
+"""Option task=compare: runs answer the same problems in several ways of decoding, at their cost; by right candidates, and pairs tested."""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+from omegaconf import DictConfig
+
+from components.contracts import Completion, UserError
+from components.decoding.rounds import Answer, Ask, Query, Rounds, Setting, Traced, seed_of
+from framework import decoding
+from framework.answering import MakeEngine, Problem, Reader, Speaker, is_right, own_run, problems_of, speaker
+from framework.build import read_config
+from framework.parts import Parts
+from framework.procedure import Context, Procedure, refuse_unheard
+from framework.runs import replace_file
+from framework.signatures import nearest
+from framework.statistics import mcnemar, paired_bootstrap
+
+COSTS = ("calls", "rounds", "prompt_tokens", "completion_tokens", "processed_tokens", "flops")  # of usage_of, means over the problems
+
+
+class OneCall:
+    """A decoding of one call as one of rounds: its answer is the first sample that methods of several calls draw."""
+
+    def __init__(self, sampler: Any) -> None:
+        self.sampler = sampler
+
+    def answer(self, query: Query, setting: Setting) -> Rounds:
+        params = self.sampler.params(setting.max_new_tokens, seed_of(setting.seed, query.id, "sample", 0))
+        (said,) = yield [Ask("sample", query.said, params)]
+        return Answer(said, [said], 0, {})
+
+
+@dataclass
+class Way:
+    """What one way of answering came to, by problem. candidates: which of those it was made from are right."""
+
+    right: list[bool]
+    candidates: list[list[bool]]
+    unparsed: int
+    cut_off: int
+    costs: dict[str, float]
+    traces: list[dict[str, Any]]
+
+    @property
+    def accuracy(self) -> float:
+        return share(self.right)
+
+
+class Compare(Procedure):
+    """Lets the run of `ckpt=`, and others, answer the same problems in all `ways`. Equal calls are made once, so ways share their samples.
+
+    An answer that was cut off, or says nothing that can be read, is wrong; both are counted. Of each way WAY/results.jsonl holds every
+    problem with all calls, as `python -m framework.decoding_report WAY_DIR ...` reads it.
+
+    Args:
+        ways: {NAME: an option of the group decode}. runs: {NAME: RUN_DIR} besides that of `ckpt=`. of: {WAY: name in runs}; a way that is
+            left out is the own run's.
+        by: a way with candidates; problems are put into groups by how many of its candidates are right, and all ways measured in each.
+        pairs: [FIRST, SECOND] of ways to be tested against each other.
+        problems: JSONL file of {prompt, solution} or {question, answer}; None: those of the data, of `split`. most_problems: the first so
+            many. read: how answers are compared. engine: of every run. max_new_tokens: of a call.
+
+    Metrics: WAY/accuracy, WAY/unparsed, WAY/cut_off, WAY/pass (any candidate is right), WAY/COST of a problem for each of COSTS;
+    WAY/accuracy@k=K and problems@k=K by the groups of `by`; WAY/fresh@k=K, share of right candidates beyond as many as `by` has, which its
+    groups do not depend on; FIRST-SECOND/points (share of problems), /low and /high (paired bootstrap, 95 %), /won, /lost, /p (McNemar).
+    Raises: UserError for no run or problems, names that are not there, and values out of range.
+    """
+
+    def __init__(
+        self, ways: dict[str, Any], runs: dict[str, str], of: dict[str, str], by: str, pairs: list[list[str]], problems: str | None,
+        split: Literal["train", "val"], most_problems: int | None, read: Reader, engine: MakeEngine, max_new_tokens: int,
+    ) -> None:  # fmt: skip
+        for key, value in (("most_problems", most_problems), ("max_new_tokens", max_new_tokens)):
+            if value is not None and value < 1:
+                raise UserError(f"task.{key}: {value}; at least 1 is allowed")
+        if not ways:
+            raise UserError("task.ways: {}; give at least one: task.ways={NAME: {...}}, an option of the group decode")
+        self.ways = {name: way if hasattr(way, "answer") else OneCall(way) for name, way in ways.items()}
+        for way, run in of.items():
+            known("task.of", way, ways), known(f"task.of.{way}", run, runs)
+        for pair in pairs:
+            if len(pair) != 2:
+                raise UserError(f"task.pairs: {pair}; two names of ways are allowed in a pair")
+            for name in pair:
+                known("task.pairs", name, ways)
+        self.runs, self.of, self.by, self.pairs = runs, of, known("task.by", by, ways), pairs
+        self.problems, self.split, self.most_problems = problems, split, most_problems
+        self.reader, self.make_engine, self.max_new_tokens = read, engine, max_new_tokens
+
+    def check(self, config: DictConfig, parts: Parts) -> None:
+        own_run(config)
+
+    def run(self, context: Context) -> dict[str, float]:
+        """Answer, write; returns the metrics."""
+        config = read_config(context.run_dir)
+        refuse_unheard(config)
+        asked = problems_of(context.data, self.problems, self.split, self.most_problems)
+        paths = {"": own_run(config), **self.runs}
+        speakers = {name: speaker(path, self.make_engine, context, self.max_new_tokens) for name, path in paths.items()}
+        found: dict[str, Way] = {}
+        for step, (name, method) in enumerate(self.ways.items()):
+            found[name] = way = self.answered(method, asked, speakers[self.of.get(name, "")], context)
+            self.write(name, way, asked, context.run_dir)
+            context.log({f"{name}/accuracy": way.accuracy}, step)
+            cost = ", ".join(f"{way.costs[key]:,.4g} {key.replace('_', ' ')}" for key in COSTS if key in way.costs)
+            context.progress(f"{name}: {100 * way.accuracy:.2f} % of {len(asked)} right; a problem took {cost}")
+        metrics = {key: value for name, way in found.items() for key, value in figures_of(name, way).items()}
+        metrics |= by_candidates(found, self.by)
+        for first, second in self.pairs:
+            metrics |= compared(f"{first}-{second}", found[first].right, found[second].right, context)
+        return {"problems": float(len(asked)), **metrics}
+
+    def answered(self, method: Any, asked: Sequence[Problem], who: Speaker, context: Context) -> Way:
+        """All problems in one way."""
+        answers: list[Traced | None] = [None] * len(asked)
+        for index, answer in decoding.traced(method, [prompt for prompt, _ in asked], who.engine, who.render, who.setting, who.cost):  # type: ignore[arg-type]
+            answers[index] = answer
+            context.progress()
+        done = [answer for answer in answers if answer is not None]
+
+        def right(completion: Completion, index: int) -> bool:
+            return is_right(self.reader, completion, asked[index][1])
+
+        usages = [answer.trace["usage"] for answer in done]
+        return Way(
+            [right(answer, i) for i, answer in enumerate(done)],
+            [[right(one, i) for one in answer.candidates] for i, answer in enumerate(done)],
+            sum(self.reader.read(answer.text) is None for answer in done),
+            sum(answer.finish_reason == "length" for answer in done),
+            {key: math.fsum(usage[key] for usage in usages) / len(usages) for key in COSTS if all(key in usage for usage in usages)},
+            [answer.trace for answer in done],
+        )
+
+    def write(self, name: str, way: Way, asked: Sequence[Problem], run_dir: Path) -> None:
+        """NAME/results.jsonl and NAME/metrics.json, in the form of task=evaluate."""
+        folder = run_dir / name
+        folder.mkdir(exist_ok=True)
+        lines = []
+        for i, ((prompt, solution), right, trace) in enumerate(zip(asked, way.right, way.traces, strict=True)):
+            row = {"task": "compare", "score": float(right), "problem": i, "asked": prompt, "expected": solution, "got": trace["text"]}
+            if way.candidates[i]:
+                row["candidates"] = [{"score": float(one)} for one in way.candidates[i]]
+            lines.append(json.dumps({**row, "trace": trace}, ensure_ascii=False) + "\n")
+        replace_file(folder / "results.jsonl", "".join(lines))
+        costs = {f"decode/{key}": value * len(asked) for key, value in way.costs.items()}
+        replace_file(folder / "metrics.json", json.dumps({"accuracy": way.accuracy, **costs}, indent=2) + "\n")
+
+
+def known(key: str, name: str, names: Mapping[str, Any]) -> str:
+    """The name, if it is one. Raises UserError."""
+    if name not in names:
+        raise UserError(f"{key}: {name!r} is not one of {', '.join(names) or '(none)'}{nearest(name, names)}")
+    return name
+
+
+def share(values: Sequence[bool]) -> float:
+    return sum(values) / len(values)
+
+
+def figures_of(name: str, way: Way) -> dict[str, float]:
+    """Metrics of one way."""
+    found = {"accuracy": way.accuracy, "unparsed": float(way.unparsed), "cut_off": float(way.cut_off), **way.costs}
+    if all(way.candidates):
+        found["pass"] = share([any(some) for some in way.candidates])
+    return {f"{name}/{key}": value for key, value in found.items()}
+
+
+def by_candidates(ways: Mapping[str, Way], by: str) -> dict[str, float]:
+    """Accuracy of all ways in the groups of problems with K right candidates of the way `by`, and of candidates beyond these."""
+    groups: dict[int, list[int]] = {}
+    for i, some in enumerate(ways[by].candidates):
+        groups.setdefault(sum(some), []).append(i)
+    shown = max(len(some) for some in ways[by].candidates)
+    figures: dict[str, float] = {}
+    for k, places in sorted(groups.items()):
+        figures[f"problems@k={k}"] = float(len(places))
+        for name, way in ways.items():
+            figures[f"{name}/accuracy@k={k}"] = share([way.right[i] for i in places])
+            if fresh := [one for i in places for one in way.candidates[i][shown:]]:
+                figures[f"{name}/fresh@k={k}"] = share(fresh)
+    return figures
+
+
+def compared(name: str, first: Sequence[bool], second: Sequence[bool], context: Context) -> dict[str, float]:
+    """Both tests of a pair."""
+    difference, low, high = paired_bootstrap(first, second)
+    won, lost, p = mcnemar(first, second)
+    context.progress(f"{name}: {100 * difference:+.2f} points [{100 * low:+.2f}, {100 * high:+.2f}], won {won}, lost {lost}, p {p:.3g}")
+    found = {"points": difference, "low": low, "high": high, "won": float(won), "lost": float(lost), "p": p}
+    return {f"{name}/{key}": value for key, value in found.items()}

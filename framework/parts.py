@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import inspect
+from collections.abc import Sequence
 from dataclasses import dataclass
 from fnmatch import fnmatch
 from pathlib import Path
@@ -10,7 +11,7 @@ from typing import Any
 
 from omegaconf import DictConfig, OmegaConf
 
-from components.adapters.base import adapter_layers, adapter_state, by_token, load_adapter_state, merge, task_ids, tasks_to_say, unwrap
+from components.adapters.base import adapter_layers, adapter_state, by_token, merge, task_ids, tasks_to_say, unwrap
 from components.contracts import Data, Tokenizer, UserError
 from components.data.tokenizers import Tokenizer as SavedTokenizer
 from framework import build, runtime
@@ -54,8 +55,8 @@ def build_parts(config: DictConfig, run_dir: Path, resuming: bool) -> Parts:
 def start_model(config: DictConfig, tokenizer: Tokenizer, source: build.Run | None, fresh: bool) -> Any:
     """The model with its adapter: a fresh one, or that of the run of `ckpt=`, whose head then stands in the configuration too.
 
-    What an adapter of that run learned goes into the weights, and a new adapter begins; but one that no weights can hold, since it has
-    several tasks or weighs its parts by the token, is gone on with. Raises UserError where the configuration has another.
+    What an adapter of that run learned goes into the weights, and a new adapter begins; but one that can be taken over (`take_over`), since
+    it has tasks, experts or a router, is gone on with. Raises UserError where the configuration has another that no weights can hold.
     fresh: the weights are not those of a checkpoint that is to be read; `adapter_from` says where a new adapter starts then.
     """
     adapter, given = build.build(config.adapter), config.get("adapter_from")
@@ -66,7 +67,7 @@ def start_model(config: DictConfig, tokenizer: Tokenizer, source: build.Run | No
     else:
         model = source.model
         config.model.vocab_size = model.vocab_size
-        if (tasks_to_say(model) or by_token(model)) and config.adapter.get("_target_") == source.cfg.adapter.get("_target_"):
+        if hasattr(adapter, "take_over") and config.adapter.get("_target_") == source.cfg.adapter.get("_target_"):
             if given is not None:
                 raise UserError(f"adapter_from: {given}, but the adapter of {source.path} is gone on with; drop one of the two")
             go_on(model, adapter, config, source)
@@ -76,6 +77,11 @@ def start_model(config: DictConfig, tokenizer: Tokenizer, source: build.Run | No
     if given is not None and fresh:
         adapter.load(model, given)
         say(f"adapter_from: the adapter starts from {given}")
+    elif fresh and (key := getattr(adapter, "of_learned", None)):
+        raise UserError(
+            f"adapter.{key}: {getattr(adapter, key)}, which is for an adapter that learned, and this one begins; give ckpt=RUN_DIR of a "
+            "run with the same adapter, or adapter_from=DIR, or drop the override"
+        )
     return model
 
 
@@ -83,7 +89,7 @@ def go_on(model: Any, adapter: Any, config: DictConfig, source: build.Run) -> No
     """Put the configuration's `adapter` in the place of the source's, with what that one learned.
 
     Keys that the adapter lists in `may_change` (dotted, * for a name) may differ; they decide how it learns and not what its tensors mean.
-    Those of `may_add` may come to it.
+    Entries may come to the mappings of `may_add`.
     Raises UserError for any other difference, and for tasks that the adapter cannot take over.
     """
     before, now = (flat(build.plain(c.adapter)) for c in (source.cfg, config))
@@ -91,7 +97,7 @@ def go_on(model: Any, adapter: Any, config: DictConfig, source: build.Run) -> No
     free, new = getattr(adapter, "may_change", ()), getattr(adapter, "may_add", ())
     for key in dict.fromkeys([*before, *now]):
         same = now.get(key) == before.get(key, older.get(key)) or not (now.get(key) or before.get(key, older.get(key)))
-        if not same and not any(fnmatch(key, pattern) for pattern in (*free, *(new if key not in before else ()))):
+        if not same and not any(fnmatch(key, pattern) for pattern in free) and not comes(key, before, new):
             raise UserError(
                 f"adapter.{key}: {now.get(key)}, but the adapter of {source.path}, which is gone on with, has {before.get(key)}; "
                 f"keys that may change are {', '.join(free) or 'none'}; or write the weights of one task by python generate.py task=export "
@@ -101,11 +107,15 @@ def go_on(model: Any, adapter: Any, config: DictConfig, source: build.Run) -> No
     state = {name: tensor.clone() for name, tensor in adapter_state(model).items()}
     unwrap(model)
     adapter.apply(model)
-    if hasattr(adapter, "take_over"):
-        adapter.take_over(model, state, names, str(source.path))
-    else:
-        load_adapter_state(model, state, str(source.path))
+    adapter.take_over(model, state, names, str(source.path))
     say(f"ckpt: going on with the adapter of {source.path}" + (f" and its {len(names)} tasks" if tasks_to_say(model) else ""))
+
+
+def comes(key: str, before: dict[str, Any], mappings: Sequence[str]) -> bool:
+    """Whether a dotted key belongs to an entry NAME of a mapping, mapping.NAME..., that had entries before, but not this one."""
+    mapping, _, rest = key.partition(".")
+    names = {other.split(".")[1] for other in before if other.startswith(f"{mapping}.")}
+    return mapping in mappings and bool(names) and rest.split(".")[0] not in names
 
 
 def flat(tree: Any, stem: str = "") -> dict[str, Any]:

@@ -151,8 +151,8 @@ class MoELoRA(LowRankAdapter):
 
     @property
     def may_add(self) -> tuple[str, ...]:
-        """Keys that may come to an adapter that is gone on with: further experts and modes."""
-        return ("experts.*", "rules.*") if self.router == "modality" else ()
+        """Mappings that entries may come to where an adapter is gone on with: further experts and modes."""
+        return ("experts", "rules") if self.router == "modality" else ()
 
     def take_over(self, model: nn.Module, state: dict[str, Tensor], names: Sequence[str], source: str) -> None:
         """Go on with an adapter of the same shape; experts that it lacks begin anew. model: wrapped by `apply`.

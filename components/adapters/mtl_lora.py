@@ -201,6 +201,11 @@ class MTLLoRA(LowRankAdapter):
         self.split_fused = split_fused
         self.fused = dict(fused or {})
 
+    @property
+    def of_learned(self) -> str | None:
+        """A key that has a meaning only for an adapter that has learned: B is zero at the start, so that no row of a task would move."""
+        return "train" if self.train else "new_from" if self.new_from != "mean" else None
+
     def apply(self, model: nn.Module) -> dict[str, Any]:
         """Wrap the targets in place and freeze the rest; the model's outputs do not change. See `components.adapters.base.inject`.
 

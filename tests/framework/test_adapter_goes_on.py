@@ -91,6 +91,28 @@ def test_experts_are_trained_one_after_another(home, tmp_path):
     assert not changed(after, grown.state_dict()) and any(key.endswith(".tax") for key in adapter_state(grown))
     with pytest.raises(UserError, match=r"^adapter.experts.law.r: 3, but the adapter of .* has 2"):
         build_parts(compose("train", [*base, "adapter.experts.law.r=3", f"ckpt={tmp_path / 'med'}"]), tmp_path / "a", False)
+    for word in ("+adapter.experts.law.alpha_pattern={o_proj: 400}", "adapter.rules.plus=med"):  # of what is there already
+        with pytest.raises(UserError, match=r"^adapter.(experts.law.alpha_pattern|rules.plus).*: .*, but the adapter of"):
+            build_parts(compose("train", [*base, word, f"ckpt={tmp_path / 'med'}"]), tmp_path / "a", False)
+
+
+def test_one_task_or_one_expert_is_gone_on_with_too(home, tmp_path):
+    """The first is not put into the base, where the second would get it, and its B, without which no row of a task moves, is there."""
+    train(compose("train", words(home, *ADAPTED, "trainer.max_steps=2", tasks=TASKS[:1])), tmp_path / "one")
+    more = words(home, *ADAPTED, "adapter.train=[minus]", f"ckpt={tmp_path / 'one'}", tasks=TASKS[:2])
+    old, new = state_of(tmp_path / "one"), build_parts(compose("train", more), tmp_path / "a", False).model.state_dict()
+    assert not changed(old, new) and any(new[key].any() for key in new if key.endswith("lora_B"))
+    first = [word for word in MODES if "med" not in word]
+    train(compose("train", words(home, *first, "trainer.max_steps=2", tasks=TASKS[:1])), tmp_path / "law")
+    more = words(home, *MODES, "adapter.train=[med]", f"ckpt={tmp_path / 'law'}", tasks=TASKS[:2])
+    old, new = state_of(tmp_path / "law"), build_parts(compose("train", more), tmp_path / "a", False).model.state_dict()
+    assert not changed(old, new) and any(new[key].any() for key in new if key.endswith("lora_B.law"))
+
+
+def test_what_is_for_a_learned_adapter_is_refused_at_its_beginning(home, tmp_path):
+    for word in ("train=[times]", "new_from=plus"):
+        with pytest.raises(UserError, match=rf"^adapter.{word.split('=')[0]}: .*this one begins; give ckpt=RUN_DIR"):
+            build_parts(compose("train", words(home, *ADAPTED, f"adapter.{word}")), tmp_path / "a", False)
 
 
 def test_a_token_router_asks_for_no_task_and_is_gone_on_with(home, call, tmp_path):

@@ -65,7 +65,7 @@ def speaker(path: str, make: MakeEngine, context: Context, max_new_tokens: int) 
     cast(torch.nn.Module, run.model).to(context.device).eval()
     engine = Remembering(make(run.model, run.tokenizer))
     params, render = SamplingParams(max_new_tokens, seed=context.seed), run_renderer(run)
-    return Speaker(engine, render, decoding.setting_of(engine, run.tokenizer, render, params), run.model.forward_flops)
+    return Speaker(engine, render, decoding.setting_of(cast(Engine, engine), run.tokenizer, render, params), run.model.forward_flops)
 
 
 def own_run(config: DictConfig) -> str:

@@ -83,8 +83,8 @@ def report(words: argparse.Namespace) -> int:
     options = [f"--{key}={value}" for key in ("x", "y", "by", "out") if (value := getattr(words, key)) is not None]
     groups, words.x, words.y = (from_table if of_table else from_runs)(sources, words.x, words.y, words.by)
     console = Console(width=140, highlight=False)
+    groups = fitted_of(groups, words)
     for group in groups:
-        fit_group(group, words)
         console.print(points_table(group, words))
         console.print("", laws_table(group), sep="\n")
         console.print(*remarks(group), "", sep="\n", markup=False)
@@ -171,6 +171,21 @@ def nothing(runs: Sequence[RunData], x: str, y: str, by: str | None) -> str:
         if key is not None and key not in names:
             return f"{option} {key}: no run has it{nearest(key.rpartition('/')[2], names) or nearest(key, names)}"
     return f"no finished run has a number for {x} and for {y}"
+
+
+def fitted_of(groups: Sequence[Group], words: argparse.Namespace) -> list[Group]:
+    """The groups with their laws; one that no law describes is left out and named on stderr. Raises UserError where that is all of them."""
+    fitted, problems = [], []
+    for group in groups:
+        try:
+            fit_group(group, words)
+            fitted.append(group)
+        except UserError as error:
+            problems.append(str(error))
+    if not fitted:
+        raise UserError("\n".join(problems))
+    print(*(f"warning: left out: {line}" for line in problems), sep="\n", end="\n" if problems else "", file=sys.stderr)
+    return fitted
 
 
 def fit_group(group: Group, words: argparse.Namespace) -> None:
@@ -292,7 +307,9 @@ def draw(groups: Sequence[Group], x: str, y: str, path: Path) -> None:
         axes.errorbar(list(points), means, spreads, fmt="_", color=ink, markersize=7, zorder=5, label=once(index, "runs, mean and spread"))
         ring = once(index, "held out; x: as the other sizes predict it")
         axes.plot(last, means[-1], "o", markersize=12, fillstyle="none", color=ink, label=ring, linestyle="none")
-    axes.set(xscale="log", xlabel=x, ylabel=y)
+    heights = [loss for group in groups for _, loss in group.runs] + [one.predicted for group in groups for one in group.laws.values()]
+    room = 0.3 * (max(heights) - min(heights))  # a band that is open would flatten everything else
+    axes.set(xscale="log", xlabel=x, ylabel=y, ylim=(max(min(heights) - room, 0), max(heights) + room))
     axes.legend(frameon=False, fontsize=8)
     save(figure, path)
 

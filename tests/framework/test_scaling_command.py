@@ -37,6 +37,15 @@ def stored(folder, group="all"):
     return json.loads((folder / "scaling.json").read_text())["groups"][group]
 
 
+def test_a_group_without_a_law_is_left_out_and_named(tmp_path, capsys):
+    rows = [f"{arm},{size:g},{value:.9g}" for size in SIZES for arm, value in (("falls", loss(size)), ("rises", size))]
+    table = tmp_path / "points.csv"
+    table.write_text("\n".join(["arm,size,error", *rows]))
+    assert main([str(table), "--x", "size", "--y", "error", "--by", "arm"]) == 0
+    assert "warning: left out: no law of error over size, arm=rises: the loss does not fall as the size grows" in capsys.readouterr().err
+    assert list(json.loads((tmp_path / "scaling.json").read_text())["groups"]) == ["arm=falls"]
+
+
 def test_planted_law_from_a_table(tmp_path, capsys):
     table = tmp_path / "points.csv"
     table.write_text("size,error,note\n" + "".join(f"{size},{loss(size)},x\n" for size in SIZES))

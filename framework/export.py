@@ -89,13 +89,8 @@ class Exported:
 
 def layout_for(run: Run, name: str | None, engine: str, key: str) -> Any:
     """The layout to write `run` in. Raises UserError when none holds its model, or `engine` does not read the one that was named."""
-    from framework import build
-
-    kind, known = run.cfg.model._target_, interop().layouts()
-    targets = {
-        name: build.compose("train", [f"model={name}", "model/size=test"]).model._target_ for name in {x.model for x in known.values()}
-    }
-    holding = {name: layout if targets[layout.model] == kind else None for name, layout in known.items()}
+    kind = run.cfg.model._target_
+    holding = layouts_holding(kind)
     if name is not None:
         chosen = layout_named(name, key)
         if holding[name] is None:
@@ -111,6 +106,17 @@ def layout_for(run: Run, name: str | None, engine: str, key: str) -> Any:
     others = " or ".join(f"{key}={layout.name}" for layout in fitting if not layout.engines)
     ways = f"; write it for other code with {others}" if others else ""
     raise UserError(f"task.engine: {engine} has no class for a {kind}{ways}")
+
+
+def layouts_holding(kind: str) -> dict[str, Any]:
+    """{name: the layout if it holds models of this class, else None}."""
+    from framework import build
+
+    known = interop().layouts()
+    targets = {
+        name: build.compose("train", [f"model={name}", "model/size=test"]).model._target_ for name in {x.model for x in known.values()}
+    }
+    return {name: layout if targets[layout.model] == kind else None for name, layout in known.items()}
 
 
 def export(

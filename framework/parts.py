@@ -16,6 +16,7 @@ from components.contracts import Data, Tokenizer, UserError
 from components.data.tokenizers import Tokenizer as SavedTokenizer
 from framework import build, runtime
 from framework.checkpoint import checkpoint_step, mismatch, model_weights, newest_intact, read_checkpoint
+from framework.export import interop, layouts_holding
 from framework.logging import masked, say
 from framework.runs import read_state, replace_file
 
@@ -75,7 +76,9 @@ def start_model(config: DictConfig, tokenizer: Tokenizer, source: build.Run | No
         model = without_adapter(source)
     adapter.apply(model)
     if given is not None and fresh:
-        adapter.load(model, given)
+        numbers = build.plain((config if source is None else source.cfg).model) | {"vocab_size": model.vocab_size}
+        layouts = [layout for layout in layouts_holding(numbers["_target_"]).values() if layout is not None]
+        interop().load_renamed(adapter, model, given, layouts, numbers)
         say(f"adapter_from: the adapter starts from {given}")
     elif fresh and (key := getattr(adapter, "of_learned", None)):
         raise UserError(

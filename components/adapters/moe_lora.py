@@ -201,7 +201,11 @@ class MoELoRA(LowRankAdapter):
         return wrap
 
     def save(self, model: nn.Module, folder: Path | str) -> None:
-        """Write adapter_model.safetensors, the adapter's tensors by name, adapter_config.json, and for `modality` routing.json."""
+        """Write adapter_model.safetensors, the adapter's tensors by name, adapter_config.json, and for `modality` routing.json.
+
+        Raises UserError beside another adapter.
+        """
+        self.check_alone(model)
         write_folder(Path(folder), {"peft_type": PEFT_TYPE, **self._config(model)}, adapter_state(model))
         if (routing := self.routing()) is not None:
             write_routing(Path(folder), routing)
@@ -240,7 +244,11 @@ class MoELoRA(LowRankAdapter):
         return dict(self.rules) if self.router == "modality" else None
 
     def save_expert(self, model: nn.Module, name: str, folder: Path | str) -> None:
-        """Write one expert (router=modality) as a LoRA of its own, in PEFT's layout: PEFT and vLLM read the folder."""
+        """Write one expert (router=modality) as a LoRA of its own, in PEFT's layout: PEFT and vLLM read the folder.
+
+        Raises UserError beside another adapter.
+        """
+        self.check_alone(model)
         state = adapter_state(model)
         chosen = {theirs: state[key] for key, theirs in _keys_of(model, name).items()}
         in_full = {key: tensor for key, tensor in state.items() if ".lora_" not in key}

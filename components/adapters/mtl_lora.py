@@ -231,7 +231,11 @@ class MTLLoRA(LowRankAdapter):
         return {key: getattr(self, key) for key in keys}
 
     def save(self, model: nn.Module, folder: Path | str) -> None:
-        """Write adapter_model.safetensors, with the tensors by parameter name, and adapter_config.json."""
+        """Write adapter_model.safetensors, with the tensors by parameter name, and adapter_config.json.
+
+        Raises UserError beside another adapter.
+        """
+        self.check_alone(model)
         state = _joined(adapter_state(model))
         config = {"peft_type": "MTL_LORA", **self._shape(), "fused": _blocks(model), "dropout": self.dropout}
         config["tasks"] = list(_holder(model).names)
@@ -297,8 +301,8 @@ class MTLLoRA(LowRankAdapter):
         """
         try:
             found = torch.load(file, map_location="cpu", weights_only=True)
-        except Exception as error:  # torch raises RuntimeError, UnpicklingError, OSError, EOFError ... for what is no such file
-            raise UserError(f"{file}: cannot be read ({str(error).splitlines()[0]}); a file of tensors by name is needed") from None
+        except Exception:  # torch raises RuntimeError, UnpicklingError, OSError, EOFError ..., and advises to read it unsafely
+            raise UserError(f"{file}: is no file of tensors by name that torch.save wrote") from None
         if not isinstance(found, dict) or not all(isinstance(key, str) and isinstance(value, Tensor) for key, value in found.items()):
             raise UserError(f"{file}: holds other things than tensors by name")
         state = {name.removeprefix("module."): tensor for name, tensor in found.items()}
@@ -313,8 +317,7 @@ class MTLLoRA(LowRankAdapter):
         Lambda_t goes to B and not to A, since so the blocks of a fused projection need no more rank, and all tasks share one A.
         """
         chosen = _holder(model).index(task)
-        if others := [name for name, layer in adapter_layers(model) if not isinstance(layer, MTLLoRALayer)]:
-            raise UserError(f"adapter: {others[0]} has another one, which no folder of this adapter holds; merge instead")
+        self.check_alone(model)
         if chosen < 0:
             raise UserError(f"adapter.task: {task} means no adapter; there is nothing to export")
         state = {name: tensor for name, tensor in adapter_state(model).items() if ".lora_" not in name}
@@ -328,9 +331,10 @@ class MTLLoRA(LowRankAdapter):
 
         init_from: the task to start from, or `mean` of all. The other tasks' outputs do not change by a bit, then or by training: the new
         rows are parameters of their own, so that no optimizer touches the old. `save` writes all rows together.
-        Raises UserError for a name that is taken or a task that is not there.
+        Raises UserError for a name that is taken, a task that is not there, or another adapter, which would not know of the new task.
         """
         holder = _holder(model)
+        self.check_alone(model, "which would have no such task; add it to a model with this adapter alone")
         if name in holder.names or name == "mean":
             raise UserError(f"adapter.tasks: {name!r} is taken; the tasks are {', '.join(holder.names)}")
         source = None if init_from == "mean" else holder.index(init_from)

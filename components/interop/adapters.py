@@ -13,12 +13,13 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from components.adapters.base import task_ids
+from components.adapters.base import adapter_layers, task_ids
 from components.adapters.base.low_rank import fits
-from components.adapters.base.peft_files import KEY_PREFIX, ROUTING, read_folder, write_folder, write_routing
+from components.adapters.base.peft_files import CONFIG, KEY_PREFIX, ROUTING, read_folder, write_folder, write_routing
 from components.adapters.lora import LoRA
 from components.contracts import UserError
 
+VLLM_RANKS = (8, 16, 32, 64, 128, 256, 320, 512)  # what max_lora_rank may be; 16 by default
 PLAIN = {"use_dora": False, "bias": "none", "modules_to_save": None}  # what vLLM serves, and what stands on the base's own weights
 Lora = tuple[dict[str, Any], dict[str, Tensor]]  # adapter_config.json and the tensors by parameter name
 
@@ -124,6 +125,42 @@ def read_back(folder: Path, kept: Kept, name: str, names: Mapping[str, str], the
     return model
 
 
+def load_renamed(adapter: Any, model: nn.Module, folder: str, layouts: Iterable[Any], config: Mapping[str, Any]) -> None:
+    """`adapter.load` of a folder, also of a LoRA under the module names of another project, as `write_adapters` leaves them.
+
+    model: wrapped by `adapter.apply`. layouts: those that hold it; config: its numbers. Raises UserError as `adapter.load` does.
+    """
+    names = _their_names(model, Path(folder), layouts, config)
+    if not names:
+        return adapter.load(model, folder)
+    with tempfile.TemporaryDirectory() as place:
+        write_folder(Path(place), *_renamed(read_folder(Path(folder)), names))
+        try:
+            adapter.load(model, place)
+        except UserError as error:
+            raise UserError(str(error).replace(place, str(folder))) from None
+
+
+def _their_names(model: nn.Module, folder: Path, layouts: Iterable[Any], config: Mapping[str, Any]) -> dict[str, str]:
+    """{name of a module in the folder: ours}; {} where it has our names, or those of no layout."""
+    if not folder.is_dir():
+        return {}
+    about, state = read_folder(folder)
+    modules = {key.removeprefix(KEY_PREFIX).partition(".lora_")[0] for key in state}
+    wrapped = [name for name, _ in adapter_layers(model)]
+    if about.get("peft_type") != "LORA" or modules <= set(wrapped):
+        return {}
+    ours = {name.replace(".base_layer.", "."): tensor for name, tensor in model.state_dict().items() if ".lora_" not in name}
+    for layout in layouts:
+        try:
+            names = {theirs: own for own, theirs in module_names(wrapped, ours, layout.undo(ours, config)).items()}
+        except UserError:  # it stores a wrapped module in pieces
+            continue
+        if modules <= names.keys():
+            return names
+    return {}
+
+
 def _targeted(targets: str | list[str], modules: Iterable[str]) -> set[str]:
     """The modules that PEFT would wrap."""
     if isinstance(targets, str):
@@ -153,5 +190,10 @@ def _first(patterns: Mapping[str, Any], name: str) -> Any:
 def adapter_usage(engine: str, base: Path, folder: Path) -> str:
     """What to type to load the base and the adapter in `folder` beside it."""
     if engine == "vllm":
-        return f"vllm.LLM({str(base)!r}, enable_lora=True) and LoRARequest({folder.name!r}, 1, {str(folder)!r}) with each request"
+        beside = folder.parent.glob(f"*/{CONFIG}")  # any of them may be asked for
+        configs = [json.loads(file.read_text(encoding="utf-8")) for file in beside]
+        largest = max(rank for config in configs for rank in (config["r"], *(config.get("rank_pattern") or {}).values()))
+        room = next((rank for rank in VLLM_RANKS if rank >= largest), largest)  # a larger one vLLM refuses by itself
+        llm = f"vllm.LLM({str(base)!r}, enable_lora=True, max_lora_rank={room})"
+        return f"{llm} and LoRARequest({folder.name!r}, 1, {str(folder)!r}) with each request"
     return f"peft.PeftModel.from_pretrained(transformers.AutoModelForCausalLM.from_pretrained({str(base)!r}), {str(folder)!r})"

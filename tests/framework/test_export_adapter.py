@@ -5,12 +5,17 @@ import json
 
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
 
 import generate
 from components.adapters.base import adapter_layers, task_ids
+from components.adapters.base.peft_files import WEIGHTS
+from components.contracts import SamplingParams, UserError
 from components.interop import adapters as interop
 from framework import build
+from framework.engines.native import NativeEngine
 from framework.export import check_close, probe, widened
+from framework.parts import start_model
 from tests.components.interop.models import logits
 from tests.framework.interchange import phi_run
 
@@ -58,11 +63,16 @@ def export(home, tmp_path, capfd):
     return run_it
 
 
-def theirs(folder, adapter):
+def beside(folder, adapter):
+    """transformers' model of the base with PEFT's adapter."""
     peft, transformers = pytest.importorskip("peft"), pytest.importorskip("transformers")
     base = transformers.AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
+    return peft.PeftModel.from_pretrained(base, folder / "adapters" / adapter).eval()
+
+
+def theirs(folder, adapter):
     with torch.no_grad():
-        return peft.PeftModel.from_pretrained(base, folder / "adapters" / adapter).eval()(IDS).logits
+        return beside(folder, adapter)(IDS).logits
 
 
 def close(ours, found):
@@ -91,6 +101,52 @@ def test_every_task_is_a_lora_of_its_own(home, export, tmp_path):
         found[task] = logits(run.model, IDS)
         assert close(found[task], theirs(tmp_path / "hf", task))
     assert not close(found["copy"], found["sort"])
+
+
+PROMPTS = [[1, 2, 3, 4, 5], [200, 100, 50], [7]]
+
+
+def greedy(run):
+    """16 tokens of ours after each prompt."""
+    found = NativeEngine(run.model, run.tokenizer).generate(PROMPTS, SamplingParams(max_new_tokens=16, temperature=0.0))
+    return [completion.token_ids for completion in found]
+
+
+def their_greedy(folder, adapter):
+    model = beside(folder, adapter)
+    found = [model.generate(input_ids=torch.tensor([ids]), max_new_tokens=16, do_sample=False)[0].tolist() for ids in PROMPTS]
+    return [tokens[len(ids) :] for tokens, ids in zip(found, PROMPTS, strict=True)]
+
+
+@pytest.mark.parametrize(("name", "tasks"), [("lora", [None]), ("mtl_lora", ["copy", "sort"])])
+def test_peft_generates_what_we_generate(home, export, tmp_path, name, tasks):
+    assert export(name)[0] == 0
+    run, said = build.load_run(home / name), []
+    for task in tasks:
+        task_ids(run.model).set(task)
+        said.append(greedy(run))
+        assert their_greedy(tmp_path / "hf", task or "adapter") == said[-1]
+    base = greedy(build.load_run(tmp_path / "hf", cache_dir=tmp_path / "cache"))
+    assert base not in said and all(said.count(one) == 1 for one in said)
+
+
+def test_it_starts_an_adapter_on_its_own_base(home, export, tmp_path):
+    """The folder has the module names of transformers, which are mapped to ours; one with those of neither is refused as it is."""
+    assert export("lora")[0] == 0
+    folder = tmp_path / "hf" / "adapters" / "adapter"
+
+    def start(*words):
+        base = build.load_run(tmp_path / "hf", cache_dir=tmp_path / "cache")
+        config = build.compose("train", [*ADAPTERS["lora"], *words, f"adapter_from={folder}"])
+        return start_model(config, base.tokenizer, base, fresh=True).eval()
+
+    assert torch.equal(logits(start(), IDS), logits(build.load_run(home / "lora").model, IDS))
+    with pytest.raises(UserError, match=rf"^{folder}: lora_alpha is .*; this adapter has 7$"):
+        start("adapter.alpha=7")
+    state = load_file(folder / WEIGHTS)
+    save_file({key.replace("model.layers.0", "model.layers.9"): tensor for key, tensor in state.items()}, folder / WEIGHTS)
+    with pytest.raises(UserError, match=rf"^{folder}: holds 'model.layers.*which this model has no place for"):
+        start()
 
 
 def test_every_expert_is_a_lora_of_its_own_and_routing_says_when(home, export, tmp_path):

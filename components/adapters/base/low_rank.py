@@ -164,6 +164,12 @@ class LowRankAdapter:
         """Names of the modules that `apply` would wrap."""
         return selected(model, self.targets, self.exclude, self.embeddings)
 
+    def check_alone(self, model: nn.Module, why: str = "which no folder of this adapter holds; merge instead") -> None:
+        """Raise UserError when a module has an adapter that this one did not put there."""
+        own = set(self.chosen(model))
+        if others := [name for name, _ in adapter_layers(model) if name not in own]:
+            raise UserError(f"adapter: {others[0]} has another one, {why}")
+
     def wrap_targets(
         self, model: nn.Module, wrap: Callable[[str, nn.Module, TaskIds, int, float], AdapterLayer], tasks: Sequence[str] = ()
     ) -> dict[str, Any]:
@@ -244,7 +250,11 @@ class PeftAdapter(LowRankAdapter):
         return self.layer(base, ids, r, scale, self.dropout)
 
     def save(self, model: nn.Module, folder: Path | str) -> None:
-        """Write adapter_model.safetensors and adapter_config.json as PEFT lays them out; PEFT and vLLM read the folder."""
+        """Write adapter_model.safetensors and adapter_config.json as PEFT lays them out; PEFT and vLLM read the folder.
+
+        Raises UserError beside another adapter.
+        """
+        self.check_alone(model)
         if self.match_parameters is not None:
             self.r = next(int(layer.rank) for _, layer in adapter_layers(model) if hasattr(layer, "rank"))  # type: ignore[arg-type]
         self.write_lora(model, folder, adapter_state(model), self.use_dora)

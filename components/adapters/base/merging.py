@@ -18,9 +18,15 @@ def merge(model: nn.Module, task: int | str | None = None, dequantize: bool = Fa
     and the adapter in it, in the dtype that the rest of the model has; it is never quantised anew. `unmerge` restores every bit, since a
     copy of each weight, or the quantised layer itself, is kept. Returns {'modules': count merged, 'max_rounding': the largest amount lost
     to the weight's dtype}. Raises UserError, before changing anything, for a weight that is quantised without dequantize, tied to another
-    module's, or not finite, a missing or unknown task, another than the one that is merged, and an adapter that cannot be merged.
+    module's, or not finite in its dtype, a missing or unknown task, another than the one that is merged, and an adapter that cannot be
+    merged or is switched off.
+
+    The `state_dict` of a merged model holds the merged weights beside the adapter: read into an unmerged model it would add the adapter
+    twice. Unmerge before storing it, or drop the adapter by `unwrap`.
     """
     pending = [(name, layer) for name, layer in adapter_layers(model) if not layer.merged]
+    if not all(layer.enabled for _, layer in pending):
+        raise UserError("adapter.merge: true, but the adapter is switched off; merge it when it is on")
     for _, layer in pending:
         if layer.by_token:
             layer.delta_weight()  # it says why there is none, which no task would change
@@ -36,8 +42,12 @@ def merge(model: nn.Module, task: int | str | None = None, dequantize: bool = Fa
                 f"adapter.merge: true, but the weight of {name} is quantised ({kind}); run it unmerged, or call merge(model, "
                 "dequantize=True), which puts a dense layer in its place"
             )
-        if not torch.isfinite(layer.merged_weight(chosen)).all():
+        exact = layer.merged_weight(chosen)
+        if not torch.isfinite(exact).all():
             raise UserError(f"adapter.merge: the adapter of {name} holds NaN or infinity; nothing was merged")
+        dtype = _dtype_of(model) if is_quantised(layer.base_layer) else layer.base_weight.dtype
+        if not torch.isfinite(exact.to(dtype)).all():
+            raise UserError(f"adapter.merge: the merged weight of {name} is too large for {dtype}; nothing was merged")
     lost = 0.0
     for _, layer in pending:
         exact = layer.merged_weight(chosen)

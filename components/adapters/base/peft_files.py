@@ -32,6 +32,9 @@ PLAIN: dict[str, Any] = {
     "alora_invocation_tokens": None,
     "use_qalora": False,
 }
+# Others that change it, or the base; they are not written, since an older PEFT does not know them.
+ABSENT = ("use_bdlora", "kasa_config", "arrow_config", "monteclora_config")
+STARTS = (True, False, None, "gaussian", "eva", "orthogonal")  # values of init_lora_weights that leave the base as it is
 
 
 def write_folder(folder: Path, config: Mapping[str, Any], state: Mapping[str, Tensor]) -> None:
@@ -94,7 +97,7 @@ def read_peft(
     """Return the configuration and the tensors by parameter name.
 
     expected: values of the configuration that are not those of PLAIN. free: keys of PLAIN that may have any value.
-    Raises UserError for a missing or damaged file, another method than LoRA, or another option than these.
+    Raises UserError for a missing or damaged file, another method than LoRA, another option, or a start that may change the base.
     """
     config, state = read_folder(folder)
     if config.get("peft_type") != "LORA":
@@ -104,6 +107,15 @@ def read_peft(
         config[key] = PLAIN[key] if found in (None, {}, []) else found
         if key not in free and config[key] != plain:
             raise UserError(f"{folder / CONFIG}: {key} is {found!r}; only {key}={plain!r} can be read by this adapter")
+    for key in ABSENT:
+        if config.get(key):
+            raise UserError(f"{folder / CONFIG}: {key} is set, which is no plain LoRA; it cannot be read")
+    if (start := config.get("init_lora_weights")) not in STARTS:
+        raise UserError(
+            f"{folder / CONFIG}: init_lora_weights is {start!r}, which may have changed the base model too; only "
+            f"{', '.join(map(json.dumps, STARTS))} can be read; where PEFT can, save_pretrained with "
+            "path_initial_model_for_weight_conversion makes it one of these"
+        )
     missing = [key for key in ("r", "lora_alpha", "target_modules") if key not in config]
     if missing:
         raise UserError(f"{folder / CONFIG}: lacks {', '.join(missing)}")

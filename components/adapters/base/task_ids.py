@@ -76,18 +76,19 @@ class TaskIds:
         state.task_ids = now
 
     def of_batch(self, task_ids: Tensor | None) -> None:
-        """The ids of one batch; None: as `set` said. Raises UserError as `set` does."""
+        """The ids of one batch; None: as `set` said. Raises UserError as `set` does; in a compiled model it is a RuntimeError."""
         if task_ids is None:
             self.ids, self.some_off = self.said
         else:
             self._take(task_ids)
 
     def _take(self, task: Tensor) -> None:
-        if not torch.compiler.is_compiling():  # one glance at the values a forward; traced code takes them as they are
+        if not torch.compiler.is_compiling():  # one glance at the values a forward; a graph cannot stop for it, and checks by itself
             self._check(task)
         else:
             self.some_off = True
-            task = task.clamp_min(OFF)  # never another task for an id that there is not
+            allowed = (task >= OFF) & (task < len(self.names)) if self.merged is None else task == self.merged
+            torch._assert_async(allowed.all(), "task_ids: an id that no task has, or of another task than the merged one")
         self.ids = task.long()
 
     def _check(self, ids: Tensor) -> None:

@@ -236,8 +236,11 @@ def _names_in_full(model: nn.Module) -> tuple[str, ...]:
 def load_adapter_state(model: nn.Module, state: dict[str, Tensor], source: str) -> None:
     """Copy tensors, named as in `adapter_state`, into the model. Keys and shapes must agree exactly.
 
-    source: what to blame in the UserError for a missing or unknown key or another shape; nothing is copied then.
+    source: what to blame in the UserError for a missing or unknown key or another shape, and where the adapter is merged into the weights;
+    nothing is copied then.
     """
+    if any(layer.merged for _, layer in adapter_layers(model)):
+        raise UserError(f"{source}: cannot be read into a merged adapter, whose weights would stay as they are; unmerge it first")
     own = _own_parameters(model)
     for name, tensor in state.items():
         if name not in own:

@@ -175,6 +175,26 @@ def test_one_graph_serves_all_ids():
     torch._dynamo.reset()
 
 
+@pytest.mark.parametrize("backend", ["eager", "aot_eager"])
+def test_a_compiled_model_checks_the_ids_of_its_batches(backend):
+    """In one graph: an id that there is not is never OFF, and another task than the merged one never has its answer."""
+    model = Causal()
+    mtl_lora(tasks=list(NAMES), targets=["o_proj"], split_fused=False).apply(model)
+    awaken(model).eval()
+    torch._dynamo.reset()
+    compiled = torch.compile(model, fullgraph=True, backend=backend)
+    for merged, allowed, wrong in ((None, [2, -1, 1], ([-5, 0, 1], [0, 3, 1])), ("piqa", [1, 1, 1], ([1, 0, 1], [-1, 1, 1]))):
+        if merged:
+            merge(model, merged)
+        with torch.no_grad():
+            batch = Batch(ids(), task_ids=torch.tensor(allowed))
+            assert torch.allclose(compiled(batch).hidden, model(batch).hidden, atol=1e-6)
+            for chosen in wrong:
+                with pytest.raises(RuntimeError, match="task_ids: an id that no task has, or of another task than the merged one"):
+                    compiled(Batch(ids(), task_ids=torch.tensor(chosen)))
+    torch._dynamo.reset()
+
+
 def test_copies_have_a_holder_of_their_own():
     model = adapted()
     task_ids(model).set("piqa")

@@ -276,21 +276,24 @@ def print_steps(found: dict[str, dict[str, Any]], absent: dict[str, str], option
     return ratios
 
 
-def main(arguments: list[str] | None = None) -> None:
-    """Compare, measure, print tables and ratios, write the row."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+def step_parser(description: str | None, rounds: int) -> argparse.ArgumentParser:
+    """Options of a benchmark of adapted layers, at the shapes of phi4mini."""
+    parser = argparse.ArgumentParser(description=description, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--size", default="small", help="an option of model/size")
     parser.add_argument("--batch", type=int, default=8, help="rows")
     parser.add_argument("--length", type=int, default=512, help="tokens a row")
     parser.add_argument("--rank", type=int, default=8)
-    parser.add_argument("--dropout", type=float, default=0.05)
-    parser.add_argument("--rounds", type=int, default=7)
-    parser.add_argument("--limit", type=float, default=240.0, help="seconds after which no further round of steps begins")
+    parser.add_argument("--rounds", type=int, default=rounds)
     parser.add_argument("--threads", type=int, help="of torch; its own choice by default")
     parser.add_argument("--device", default="cpu")
     parser.add_argument("--clock", default="wall", choices=list(CLOCKS), help="cpu: processor time, on a machine that others use too")
     parser.add_argument("--no-save", action="store_true", help="write nothing under benchmarks/results")
     parser.add_argument("--smoke", action="store_true", help="size test, short rows, nothing written: does it run?")
+    return parser
+
+
+def prepared(parser: argparse.ArgumentParser, arguments: list[str] | None) -> tuple[argparse.Namespace, torch.device, Clock]:
+    """The options, with the process set up as they say; the device and its clock."""
     options = parser.parse_args(arguments)
     if options.smoke:
         options.size, options.batch, options.length, options.rounds, options.no_save = "test", 8, 16, 2, True
@@ -298,7 +301,15 @@ def main(arguments: list[str] | None = None) -> None:
     if options.threads:
         torch.set_num_threads(options.threads)
     device = torch.device(options.device)
-    clock = clock_of(device) if device.type == "cuda" else CLOCKS[options.clock]
+    return options, device, clock_of(device) if device.type == "cuda" else CLOCKS[options.clock]
+
+
+def main(arguments: list[str] | None = None) -> None:
+    """Compare, measure, print tables and ratios, write the row."""
+    parser = step_parser(__doc__, rounds=7)
+    parser.add_argument("--dropout", type=float, default=0.05)
+    parser.add_argument("--limit", type=float, default=240.0, help="seconds after which no further round of steps begins")
+    options, device, clock = prepared(parser, arguments)
     try:
         worst: float | None = difference_from_peft(options.size, options.rank)
     except ImportError:

@@ -25,20 +25,18 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
+from benchmarks.adapters import prepared, step_parser
 from benchmarks.common import (
     Clock,
     append_row,
-    clock_of,
     environment,
     interleaved,
     model_shape,
-    raise_allocator_thresholds,
     relative_rms,
     spread,
     table,
     verdict,
 )
-from benchmarks.decode import CLOCKS
 
 BEHIND, ADDMM, IN_PLACE, CONCATENATED = "behind", "addmm", "in place", "concatenated"
 BOUND = 0.95  # of BEHIND's time
@@ -146,26 +144,9 @@ def measure(options: argparse.Namespace, shapes: dict[str, tuple[int, int]], dro
 
 def main(arguments: list[str] | None = None) -> None:
     """Compare, measure, print tables and ratios, write the row."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--size", default="small", help="an option of model/size")
-    parser.add_argument("--batch", type=int, default=8, help="rows")
-    parser.add_argument("--length", type=int, default=512, help="tokens a row")
-    parser.add_argument("--rank", type=int, default=8)
+    parser = step_parser(__doc__, rounds=15)
     parser.add_argument("--dropouts", type=float, nargs="+", default=[0.0, 0.05])
-    parser.add_argument("--rounds", type=int, default=15)
-    parser.add_argument("--threads", type=int, help="of torch; its own choice by default")
-    parser.add_argument("--device", default="cpu")
-    parser.add_argument("--clock", default="wall", choices=list(CLOCKS), help="cpu: processor time, on a machine that others use too")
-    parser.add_argument("--no-save", action="store_true", help="write nothing under benchmarks/results")
-    parser.add_argument("--smoke", action="store_true", help="size test, short rows, nothing written: does it run?")
-    options = parser.parse_args(arguments)
-    if options.smoke:
-        options.size, options.batch, options.length, options.rounds, options.no_save = "test", 8, 16, 2, True
-    raise_allocator_thresholds()
-    if options.threads:
-        torch.set_num_threads(options.threads)
-    device = torch.device(options.device)
-    clock = clock_of(device) if device.type == "cuda" else CLOCKS[options.clock]
+    options, device, clock = prepared(parser, arguments)
     shapes = projections(options.size)
     worst = difference(shapes, options.rank)
     if worst > TOLERANCE:

@@ -169,15 +169,21 @@ def test_a_request_that_cannot_be_answered_ends_nothing(engine):
 
 
 def test_a_cancelled_request_ends_and_no_other(engine):
-    """Cancelled as soon as a shorter one is answered; transformers writes its batch to the end all the same."""
+    """Cancelled as soon as a shorter one is answered; transformers writes its batch to the end all the same.
+
+    A server in another process may tell of both at once (vLLM on two cores does), so there the long one is cancelled soon after its start.
+    """
+    at_once = engine.kind in ("vllm", "openai_serve")
     before = engine.diagnostics()["tokens"]
 
     async def collect():
         found = {}
+        if at_once:
+            asyncio.get_running_loop().call_later(0.05, engine.cancel, "long")
         asked = [Request("long", prompts()[0], replace(GREEDY, max_new_tokens=LENGTH - 64)), Request("short", prompts()[1], GREEDY)]
         async for result in engine.stream(each_of(asked), concurrency=4):
             found[result.request_id] = result
-            if result.request_id == "short":
+            if result.request_id == "short" and not at_once:
                 engine.cancel("long")
         return found
 

@@ -6,6 +6,7 @@ import contextlib
 import copy
 import csv
 import io
+import json
 import logging
 import math
 import re
@@ -16,6 +17,7 @@ import time
 from collections.abc import Callable, Iterator
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 import torch
 import yaml
@@ -60,7 +62,7 @@ class Bench:
         self.folder = folder
         self.rules, self.still, self.twins = read_rules()
         self.text = folder / "text.jsonl"  # rows that every kind of data can read
-        self.text.write_text("".join(f'{{"text": "{q}{a}", "prompt": "{q}", "completion": "{a}"}}\n' for q, a in _questions(400)))
+        self.text.write_text("".join(json.dumps(row) + "\n" for row in _rows(400)))
         self.small: Cell = {
             "model/size": "test", "data": "text", "data.tokenizer.kind": "bytes", "data.seq_len": "48", "data.batch_size": "2",
             "model.max_length": "12",  # below a window's length, so that every rope rule acts
@@ -118,8 +120,12 @@ class Bench:
         return self._data[key]
 
 
-def _questions(n: int) -> Iterator[tuple[str, str]]:
-    return ((f"What is {i} times {i + 7}? ", f"{i} times {i + 7} is {i * (i + 7)}.") for i in range(n))
+def _rows(n: int) -> Iterator[dict[str, Any]]:
+    for i in range(n):
+        question, answer = f"What is {i} times {i + 7}? ", f"{i} times {i + 7} is {i * (i + 7)}."
+        messages = [{"role": "user", "content": question}, {"role": "assistant", "content": answer}]
+        row = {"text": question + answer, "prompt": question, "completion": answer}
+        yield row | {"id": f"{i:032x}", "level": i % 3 + 1, "messages": messages}
 
 
 def run_cell(bench: Bench, cell: Cell) -> Outcome:

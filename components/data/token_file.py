@@ -165,7 +165,7 @@ def write_token_file(
     tokens = labels = text_bytes = 0
     with replacing(folder, names) as (bin_file, docs_file, mask_file):
         ends = True  # whether the E about to be written, the end mark of the document before, is a label
-        for document, ids, mask in _encode(documents, tokenizer):
+        for document, ids, mask in encoded(documents, tokenizer):
             positions.append(tokens)
             bin_file.write(np.concatenate([[tokenizer.eot_id], ids]).astype(dtype).tobytes())
             mask_file.write(np.concatenate([[ends], mask]).astype(np.uint8).tobytes())
@@ -192,7 +192,7 @@ def write_token_file(
         file.write(json.dumps(meta, indent=1).encode())
 
 
-def _encode(documents: Iterable[Document], tokenizer: Tokenizer) -> Iterator[tuple[Document, np.ndarray, np.ndarray]]:
+def encoded(documents: Iterable[Document], tokenizer: Tokenizer) -> Iterator[tuple[Document, np.ndarray, np.ndarray]]:
     """Yield (document, ids (n,) int64, mask (n,) bool) with n > 0, tokenising about BATCH_CHARS at a time."""
     waiting: list[Document] = []
     size = 0

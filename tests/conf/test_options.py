@@ -41,7 +41,7 @@ def whole_experiment(option: str) -> str:
 @pytest.mark.parametrize(("config", "group", "option"), cells())
 def test_option_composes_and_passes_every_check(config, group, option):
     overrides = [f"{group}={option}"]
-    if group == "data" and option in ("text", "chat"):
+    if group == "data" and option in ("text", "chat", "synthllm"):
         overrides.append("data.path=anything.txt")
     if (group, option) == ("data", "multitask"):
         overrides.append("data.tasks={one: {path: anything.json}}")

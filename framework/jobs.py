@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import math
+import sys
 import threading
 import time
 from collections.abc import AsyncIterator, Callable, Iterable, Mapping, Sized
@@ -98,6 +99,11 @@ class Job:
         return {**self.meter.record(), "given_up": self.given_up, "failed": self.store.failed}
 
 
+def say(line: str) -> None:
+    """For the reader, on stderr."""
+    print(line, file=sys.stderr, flush=True)
+
+
 def twins(first: int, second: int) -> UserError:
     """Two requests have one name."""
     return UserError(f"prompts: requests {first} and {second} (from 0) are the same; give each an id of its own (replica=...)")
@@ -141,13 +147,15 @@ def run_job(
     row: Callable[[Request, Result], Mapping[str, Any]] = answer_row,
     report: Callable[[dict[str, Any]], None] | None = None,
     total: int | None = None,
+    before: int | None = None,
 ) -> dict[str, Any]:
     """Ask the engine everything that the store lacks; returns the last record of progress.json (see Meter.record).
 
     requests: (index, request) in input order, read as there is room; ids are those of `request_id`. concurrency: requests on their way at
     once. max_attempts: failures of a request over all runs, after which it is given up. grace_s: seconds that a signal leaves for what is
     asked already. progress_s: seconds between records, which `report` gets too. row: what is stored of an answer; it must not depend on
-    time, or a killed job ends in other bytes. total: requests, where `requests` has no length.
+    time, or a killed job ends in other bytes. total: requests, where `requests` has no length. before: how many of them are done, where
+    the store has rows of others too.
 
     Raises:
         UserError: the engine gave up, or answers cannot be saved.
@@ -155,7 +163,7 @@ def run_job(
     """
     if total is None and isinstance(requests, Sized):
         total = len(requests)
-    job = Job(store, Meter(total, len(store)), stop_signals(grace_s), grace_s, max_attempts, requests, row)
+    job = Job(store, Meter(total, len(store) if before is None else before), stop_signals(grace_s), grace_s, max_attempts, requests, row)
     return carry_out(job, engine, concurrency, progress_s, report)
 
 

@@ -124,7 +124,7 @@ def _rows(n: int) -> Iterator[dict[str, Any]]:
     for i in range(n):
         question, answer = f"What is {i} times {i + 7}? ", f"{i} times {i + 7} is {i * (i + 7)}."
         messages = [{"role": "user", "content": question}, {"role": "assistant", "content": answer}]
-        row = {"text": question + answer, "prompt": question, "completion": answer}
+        row = {"text": question + answer, "prompt": question, "completion": answer, "question": question, "answer": answer}
         yield row | {"id": f"{i:032x}", "level": i % 3 + 1, "messages": messages}
 
 

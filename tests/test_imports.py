@@ -69,7 +69,7 @@ def test_framework_names_no_method():
 
 def test_framework_knows_components_only_through_contracts_and_helpers():
     allowed = re.compile(
-        r"components\.(contracts|errors|store|losses(\.\w+)?|scaling\.(lr_law|data_law)|adapters\.base|optim\.(groups|accounting)|data\.(tokenizers|token_file)|search(\.\w+)?|evals\.(base|problems)|decode_state|decoding\.(sampling|graph_step|stops|params|constraints|batching|forward|rounds))\b"
+        r"components\.(contracts|errors|store|losses(\.\w+)?|scaling\.(lr_law|data_law)|adapters\.base|optim\.(groups|accounting)|data\.(errors|tokenizers|token_file)|search(\.\w+)?|synthesis(\.\w+)?|evals\.(base|problems)|decode_state|decoding\.(sampling|graph_step|stops|params|constraints|batching|forward|rounds))\b"
     )
     wrong = []
     for file in files("framework"):

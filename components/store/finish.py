@@ -65,10 +65,10 @@ class Columns:
         return pa.schema(fields)
 
 
-def places_in(order: bytes) -> Callable[[bytes], int]:
-    """A function from a line to the place of its request in `order`, digests end to end.
+def places_in(order: bytes, others: bool) -> Callable[[bytes], int]:
+    """A function from a line to the place of its request in `order`, digests end to end; -1 for one that is not there, with `others`.
 
-    Raises UserError where two are the same; the function, where the request is not there.
+    Raises UserError where two are the same; the function, where the request is not there and there are to be no others.
     """
     digests = np.frombuffer(order, dtype=f"S{DIGEST_BYTES}")
     ranks = digests.argsort(kind="stable")
@@ -80,6 +80,8 @@ def places_in(order: bytes) -> Callable[[bytes], int]:
         digest = np.bytes_(bytes.fromhex(identity_of(line).decode()))
         found = int(digests.searchsorted(digest, sorter=ranks))
         if found == len(ranks) or digests[ranks[found]] != digest.rstrip(b"\0"):
+            if others:
+                return -1
             raise UserError(f"output: it has the row of a request, number {index_of(line)} when it was asked, that is not among them now")
         return int(ranks[found])
 
@@ -89,14 +91,18 @@ def places_in(order: bytes) -> Callable[[bytes], int]:
 def locate(shards: list[Path], total: int, done: DoneSet, place_of: Callable[[bytes], int] = index_of) -> tuple[np.ndarray, Columns]:
     """Where the row of each request stands, (total,) int64, -1 without one; of rows with one id the first counts.
 
-    place_of: the place of a line's request in the input. Raises UserError when rows are damaged, or do not belong to `total` requests.
+    place_of: the place of a line's request in the input, -1 for one that is left out.
+    Raises UserError when rows are damaged, or do not belong to `total` requests.
     """
     places, columns = np.full(total, -1, dtype=np.int64), Columns()
-    found = 0
+    found, others = 0, set[bytes]()
     for number, path in enumerate(shards):
         bad: list[tuple[int, int]] = []
         for offset, line in scan(path, bad):
             index = place_of(line)
+            if index < 0:
+                others.add(identity_of(line))
+                continue
             if index >= total:
                 raise UserError(f"output: {path} has a row of request {index}, but there are {total}; the requests have changed since")
             if places[index] < 0:
@@ -109,8 +115,10 @@ def locate(shards: list[Path], total: int, done: DoneSet, place_of: Callable[[by
                 )
         if bad:
             raise UserError(f"output: {path} has become damaged at byte {bad[0][0]}; start the same command again with repair=true")
-    if found != len(done):
-        raise UserError(f"output: {len(done)} rows but {found} requests; the requests have changed or moved since they were asked")
+    if found + len(others) != len(done):
+        raise UserError(
+            f"output: {len(done)} rows but {found + len(others)} requests; the requests have changed or moved since they were asked"
+        )
     return places, columns
 
 
@@ -187,17 +195,20 @@ def write_parquet(folder: Path, shards: list[Path], places: np.ndarray, schema: 
             writer.close()
 
 
-def write_final(folder: Path, total: int, done: DoneSet, missing: str, order: bytes | None = None) -> Path:
+def write_final(folder: Path, total: int, done: DoneSet, missing: str, order: bytes | None = None, others: bool = False) -> Path:
     """See Store.finish. order: digests of the ids, end to end. `final/` appears as a whole. Raises UserError; OSError."""
     if missing not in ("refuse", "skip"):
         raise UserError(f"output.missing: {missing!r} is not one of refuse, skip")
     ordered = {} if order is None else {"order_sha256": hashlib.sha256(order).hexdigest()}
-    success = as_json({"rows": len(done), "ids_sha256": done.sha256(), **ordered})
+    rows = len(done)
+    if order is not None and others:
+        rows = sum(order[at : at + DIGEST_BYTES] in done for at in range(0, len(order), DIGEST_BYTES))
+    success = as_json({"rows": rows, "ids_sha256": done.sha256(), **ordered})
     final, partial = folder / FINAL, folder / f"{FINAL}.partial"
-    if (final / "_SUCCESS").is_file() and (final / "_SUCCESS").read_bytes() == success and (len(done) == total or missing == "skip"):
+    if (final / "_SUCCESS").is_file() and (final / "_SUCCESS").read_bytes() == success and (rows == total or missing == "skip"):
         return final
     shards = shards_in(folder)
-    places, columns = locate(shards, total, done, index_of if order is None else places_in(order))
+    places, columns = locate(shards, total, done, index_of if order is None else places_in(order, others))
     absent = np.flatnonzero(places < 0)
     if len(absent) and missing == "refuse":
         raise UserError(

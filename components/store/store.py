@@ -233,16 +233,17 @@ class Store:
         except OSError as error:
             raise self._trouble(error) from error
 
-    def finish(self, total: int, missing: str = "refuse", order: Iterable[str] | None = None) -> Path:
+    def finish(self, total: int, missing: str = "refuse", order: Iterable[str] | None = None, others: bool = False) -> Path:
         """Write `final/`: the rows in input order as parquet, and _SUCCESS; returns the folder. Done already: nothing is written.
 
         total: requests of the input. missing: 'skip' leaves requests without a row out, 'refuse' raises UserError. order: ids of all
-        requests of the input, as it is now; None: their places are those of when they were asked. See `write_final`.
+        requests of the input, as it is now; None: their places are those of when they were asked. others: rows of requests that are not in
+        `order` are left out, not refused. See `write_final`.
         """
         self.commit()
         names = None if order is None else bytes.fromhex("".join(order))
         try:
-            return write_final(self.folder, total, self._done, missing, names)
+            return write_final(self.folder, total, self._done, missing, names, others)
         except OSError as error:
             with suppress(OSError):
                 shutil.rmtree(self.folder / f"{FINAL}.partial")

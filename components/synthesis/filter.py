@@ -3,6 +3,7 @@ documents, then of ratings."""
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -14,7 +15,7 @@ from components.decoding.sampling import GOLDEN, MASK, mix64
 from components.errors import UserError
 from components.synthesis.diversity import Embedder
 
-Rater = Callable[[Sequence[int]], Sequence[float]]  # indices of documents -> ratings from 1 to 10
+Rater = Callable[[Sequence[int]], Sequence[float]]  # indices of documents -> ratings from 1 to 10, nan where there is none
 
 
 @dataclass(frozen=True)
@@ -74,7 +75,11 @@ class DocumentFilter:
             ratings.update(zip(new, _checked(rate(new), len(new))))
             if not len(asked):
                 raise UserError("filter: no document was kept and filter.random_documents is 0, so there is nothing to rate")
-            forest = self._forest("RandomForestRegressor", vectors[asked], np.array([ratings[int(place)] for place in asked]))
+            known = np.array([ratings[int(place)] for place in asked])
+            rated = np.flatnonzero(~np.isnan(known))
+            if not len(rated):
+                raise UserError(f"filter: none of {len(asked):,} documents has a rating that can be read; see what the model replies")
+            forest = self._forest("RandomForestRegressor", vectors[asked[rated]], known[rated])
             kept = np.flatnonzero(forest.predict(vectors) > self.threshold)
         return kept
 
@@ -99,10 +104,10 @@ def forests() -> Any:
 
 
 def _checked(ratings: Sequence[float], count: int) -> list[float]:
-    """Ratings as floats; UserError when there are too few or one is not from 1 to 10."""
+    """Ratings as floats, nan among them; UserError when there are too few or one is not from 1 to 10."""
     if len(ratings) != count:
         raise UserError(f"filter: {len(ratings):,} ratings for {count:,} documents; the rater must give one each")
     for rating in ratings:
-        if not 1 <= rating <= 10:
+        if not (1 <= rating <= 10 or math.isnan(rating)):
             raise UserError(f"filter: a rating of {rating!r}; allowed is a number from 1 to 10")
     return [float(rating) for rating in ratings]

@@ -8,7 +8,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from omegaconf import DictConfig
+from omegaconf import DictConfig, OmegaConf
 
 from components.contracts import Engine, UserError
 from framework.build import Run, build
@@ -59,6 +59,17 @@ def exported(run: Run, reader: str, cache_dir: Path, task: str | int | None) -> 
         own = replace(run, model=copy.deepcopy(run.model))  # an export merges adapters and moves weights
         export(own, folder, layout, reader, None, "paths.cache_dir", task)
     return folder
+
+
+def identity(engine: Engine, run: Run | None) -> dict[str, Any]:
+    """What decides an engine's answers, besides the prompts and how they are decoded: as JSON."""
+    dtype = str(getattr(engine, "dtype", getattr(engine, "arguments", {}).get("dtype")))
+    found: dict[str, Any] = {"engine": [engine.engine_id, engine.model_id, dtype]}
+    if run is not None:
+        data = OmegaConf.to_container(run.cfg.data, resolve=True)
+        template = {key: data[key] for key in ("_target_", "template") if isinstance(data, dict) and key in data}
+        found |= {"weights": digest(run), "data": template}
+    return found
 
 
 def digest(run: Run, *further: Any) -> str:

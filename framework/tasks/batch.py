@@ -3,21 +3,18 @@
 from __future__ import annotations
 
 import dataclasses
-import sys
 import time
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, Literal
 
-from omegaconf import OmegaConf
-
 from components.contracts import Request, Result, UserError
 from components.decoding.rounds import Query, each_with_other, seed_of
 from components.store import Store, request_id
 from framework.decoding import setting_of
-from framework.engines.building import digest
+from framework.engines.building import identity
 from framework.generate import Context, measures, renderer, tokens_of
-from framework.jobs import answer_row, run_job
+from framework.jobs import answer_row, run_job, say
 from framework.prompts import Request as Asked
 from framework.prompts import parse_request
 from framework.round_jobs import CALLS, run_round_job
@@ -124,22 +121,10 @@ class Batch:
 
     def _space(self, context: Context) -> dict[str, Any]:
         """Everything that decides the answers but the prompts."""
-        run, params = context.source, dataclasses.asdict(context.params)
-        engine, arguments = context.engine, getattr(context.engine, "arguments", {})
-        dtype = str(getattr(engine, "dtype", arguments.get("dtype")))
-        found: dict[str, Any] = {
-            "engine": [engine.engine_id, engine.model_id, dtype],
-            "sampling": params,
-            "n": self.n,
-            "task": context.task,
-        }
-        if context.method is not None:
-            found["decode"] = context.how
-        if run is not None:
-            data = OmegaConf.to_container(run.cfg.data, resolve=True)
-            template = {key: data[key] for key in ("_target_", "template") if isinstance(data, dict) and key in data}
-            found |= {"weights": digest(run), "data": template}
-        return found
+        found = {
+            **identity(context.engine, context.source), "sampling": dataclasses.asdict(context.params), "n": self.n, "task": context.task,
+        }  # fmt: skip
+        return found if context.method is None else {**found, "decode": context.how}
 
     def _lines(self) -> Iterator[tuple[str, str]]:
         """(line, file and number) of each prompt. Raises UserError for a file that is not there, not UTF-8, or empty."""
@@ -176,8 +161,3 @@ class Batch:
         """What is kept of an answer: the prompt as it was given, under the file's own id, in the place of its token ids."""
         asked = self._asked.pop(request.id)
         return {"id": str(asked.id), **answer_row(request, result), "prompt": asked.given}
-
-
-def say(line: str) -> None:
-    """For the reader, on stderr."""
-    print(line, file=sys.stderr, flush=True)

@@ -28,7 +28,7 @@ def cells():
             continue
         for option in group_options(group):
             config = "train" if group in groups_of(TRAIN) else "generate" if group in groups_of(GENERATE) else None
-            if config is not None and not (group == "task" and option in ("answer", "batch", "evaluate", "rollouts")):
+            if config is not None and not (group == "task" and option in ("answer", "batch", "evaluate", "rollouts", "synthesize")):
                 yield pytest.param(config, group, option, id=f"{group}={option}")
 
 
@@ -41,7 +41,7 @@ def whole_experiment(option: str) -> str:
 @pytest.mark.parametrize(("config", "group", "option"), cells())
 def test_option_composes_and_passes_every_check(config, group, option):
     overrides = [f"{group}={option}"]
-    if group == "data" and option in ("text", "chat", "synthllm"):
+    if group == "data" and option in ("text", "chat", "synthllm", "synthllm_lessons"):
         overrides.append("data.path=anything.txt")
     if (group, option) == ("data", "multitask"):
         overrides.append("data.tasks={one: {path: anything.json}}")

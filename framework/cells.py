@@ -34,6 +34,7 @@ APART = (
     "sweep",
     "eval",
     "decode/read",
+    "decode/scorer",
     "decode/template",
 )  # no parts
 RULES = Path(__file__).resolve().parent.parent / "tests" / "illegal_cells.yaml"

@@ -16,7 +16,8 @@ from components.contracts import Completion, Engine, Prompt, Request, Result, Sa
 from components.decoding.rounds import Answer, Ask, Method, Query, Rounds, Said, Setting, Traced, copied, with_others
 from framework.engines.requests import RequestEngine, failed, row_seed
 
-COUNTED = ("n_distinct", "unparsed", "tied", "enough", "empty", "cut_off", "failed", "redrawn", "dropped_tokens")  # of the notes
+# Of the notes.
+COUNTED = ("n_distinct", "unparsed", "unscored", "tied", "enough", "empty", "cut_off", "failed", "redrawn", "dropped_tokens")
 Render = Callable[[Said], Prompt]
 Cost = Callable[[int], float]  # FLOPs of a token in a row of so many
 

@@ -3,50 +3,37 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
-from typing import Protocol
 
 from components.contracts import Completion, UserError
-from components.decoding.rounds import Answer, Candidates, Query, Rounds, Sampler, Setting, described
-
-
-class Scorer(Protocol):
-    """Judges answers, e.g. a reward model."""
-
-    def score(self, prompts: Sequence[str], answers: Sequence[str]) -> Sequence[float]:
-        """One number an answer, higher for better ones."""
-        ...
+from components.decoding.rounds import Answer, Candidates, Query, Rounds, Sampler, Setting, described, no_room
+from components.decoding.scorers.base import Scorer, failed
 
 
 class BestOfN(Candidates):
-    """The best of n samples; of equals the first. n calls of the model in one round.
+    """The best of n samples; of equals the first. n calls in one round, and those of the scorer.
 
-    n: samples. sampler: draws them. scorer: judges them; None: the mean log-probability of a sample's tokens under the model's own
-    distribution, which the engine gives with them. Notes: scores.
-    Raises UserError for an engine without log-probabilities where no scorer is given, and for scores of another number.
+    n: samples. sampler: draws them. scorer: judges them. Notes: scores, and what the scorer notes; unscored, samples without a score. Where
+    none has one the answer is an error, never a sample that nobody judged.
+    Raises UserError for scores of another number, and what the scorer raises.
     """
 
-    def __init__(self, n: int, sampler: Sampler, scorer: Scorer | None) -> None:
+    def __init__(self, n: int, sampler: Sampler, scorer: Scorer) -> None:
         super().__init__(n, sampler)
         self.scorer = scorer
 
     def answer(self, query: Query, setting: Setting) -> Rounds:
         candidates = yield self.sampled(query, setting)
-        if self.scorer is None:
-            scores = [mean_logprob(one) for one in candidates]
-        else:
-            scores = [float(score) for score in self.scorer.score([query.text] * self.n, [one.text for one in candidates])]
-            if len(scores) != self.n:
-                raise UserError(f"decode.scorer: {len(scores)} scores for {self.n} answers; it must give one each")
-        # a score that is not a number is worse than all
-        best = max(range(self.n), key=lambda i: -math.inf if math.isnan(scores[i]) else scores[i])
-        return Answer(candidates[best], candidates, best, {**described(candidates), "scores": scores})
-
-
-def mean_logprob(completion: Completion) -> float:
-    """Nats a token, stop token included; minus infinity for a call that failed."""
-    if completion.finish_reason in ("error", "abort"):
-        return -math.inf
-    if not completion.logprobs:
-        raise UserError("decode.scorer: null takes the mean log-probability of an answer, and this engine gives none; name a scorer")
-    return math.fsum(completion.logprobs) / len(completion.logprobs)
+        judged = yield from self.scorer.judge(query, candidates, setting)
+        if judged is None:
+            return no_room(described(candidates), candidates)
+        scores, about = judged
+        if len(scores) != self.n:
+            raise UserError(f"decode.scorer: {len(scores)} scores for {self.n} answers; it must give one each")
+        known = {i: score for i, score in enumerate(scores) if score is not None and not math.isnan(score)}
+        notes = {**described(candidates), **about, "scores": [known.get(i) for i in range(self.n)], "unscored": self.n - len(known)}
+        if not known:
+            reasons = [one.stop_reason for one in candidates if failed(one)] + [about.get("why")]
+            error = f"no sample could be scored{next((f': {one}' for one in reasons if one), '')}"
+            return Answer(Completion([], "", [], "error", stop_reason=error), candidates, None, notes)
+        best = max(known, key=known.__getitem__)
+        return Answer(candidates[best], candidates, best, notes)

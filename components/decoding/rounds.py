@@ -6,11 +6,12 @@ returns an `Answer`. It asks for nothing in another way, so that whoever drives 
 
 from __future__ import annotations
 
+import copy
 import hashlib
 import json
 from collections.abc import Callable, Generator, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
-from typing import Any, Protocol
+from typing import Any, Protocol, Self
 
 import numpy as np
 
@@ -105,7 +106,13 @@ class Candidates:
     """Base of methods that begin with n samples: the same ones for every method at the same seed, and for n + 1 the same first n."""
 
     def __init__(self, n: int, sampler: Sampler, least: int = 1) -> None:
-        self.n, self.sampler = at_least("decode.n", n, least), sampler
+        self.n, self.sampler, self.least = at_least("decode.n", n, least), sampler, least
+
+    def with_samples(self, n: int) -> Self:
+        """The same method with n samples, n >= `least`; they begin with those of fewer."""
+        other = copy.copy(self)
+        other.n = n
+        return other
 
     def params(self, max_new_tokens: int, seed: int) -> SamplingParams:
         """How a candidate is drawn."""

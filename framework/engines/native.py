@@ -105,7 +105,7 @@ class NativeEngine:
         self._lock = threading.Lock()  # one step of the model at a time: its mode is changed during one
         self._warned = False
         self._generated = 0
-        self._cancelled: set[str] = set()
+        self._under_way: dict[str, bool] = {}  # requests of a stream, and whether each was cancelled
 
     def generate(self, prompts: Sequence[Prompt], params: Decoding) -> list[Completion]:
         """Complete every prompt (token ids that start with the document start). Returns completions in the order of the prompts.
@@ -155,8 +155,14 @@ class NativeEngine:
         batcher, jobs = self._batcher(), dict[Row, Job]()
         arrived: asyncio.Queue[Request | BaseException | None] = asyncio.Queue()
         free = asyncio.Semaphore(concurrency)
-        feeder = asyncio.create_task(feed(requests, arrived, free))
-        loop, more, who = asyncio.get_running_loop(), True, (self.tokenizer, self.engine_id)
+        feeder = asyncio.create_task(feed(requests, arrived, free, self._under_way))
+        loop, more = asyncio.get_running_loop(), True
+
+        def over(job: Job, error: str | None = None) -> Result:
+            free.release()
+            self._under_way.pop(job.request.id, None)
+            return job.result(self.tokenizer, self.engine_id, error)
+
         with ThreadPoolExecutor(1, "native-engine") as thread:
             try:
                 while more or batcher.busy:
@@ -174,14 +180,11 @@ class NativeEngine:
                             )
                             jobs.update(dict.fromkeys(job.rows, job))
                         except (UserError, ValueError) as error:
-                            free.release()
-                            yield job.result(*who, str(error))
-                    for job in [one for one in dict.fromkeys(jobs.values()) if one.request.id in self._cancelled]:
+                            yield over(job, str(error))
+                    for job in [one for one in dict.fromkeys(jobs.values()) if self._under_way.get(one.request.id)]:
                         batcher.drop(job.rows)
                         jobs = {row: other for row, other in jobs.items() if other is not job}
-                        self._cancelled.discard(job.request.id)
-                        free.release()
-                        yield job.result(*who, CANCELLED)
+                        yield over(job, CANCELLED)
                     if not batcher.busy:
                         continue
                     try:
@@ -191,8 +194,7 @@ class NativeEngine:
                         batcher, failed = self._batcher(), list(dict.fromkeys(jobs.values()))
                         jobs.clear()
                         for job in failed:
-                            free.release()
-                            yield job.result(*who, f"{type(error).__name__}: {error}")
+                            yield over(job, f"{type(error).__name__}: {error}")
                         continue
                     for row in said:
                         if on_piece is not None:
@@ -201,17 +203,17 @@ class NativeEngine:
                             continue
                         job = jobs.pop(row)
                         if not any(other in jobs for other in job.rows):  # several rows may finish in one round
-                            free.release()
-                            yield job.result(*who)
+                            yield over(job)
             finally:
-                self._cancelled.clear()
+                self._under_way.clear()
                 feeder.cancel()
                 with suppress(asyncio.CancelledError):
                     await feeder
 
     def cancel(self, request: str) -> None:
-        """See the contract."""
-        self._cancelled.add(request)
+        """See the contract; one that is not under way is none."""
+        if request in self._under_way:
+            self._under_way[request] = True
 
     def score(self, sequences: list[list[int]]) -> list[Tensor]:
         """Log-probability of each token given those before it: one (T-1,) float32 CPU tensor a sequence.

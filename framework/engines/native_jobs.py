@@ -52,11 +52,12 @@ class Job:
         return Result(self.request.id, completions, usage, latency, engine_id, error)
 
 
-async def feed(requests: AsyncIterable[Request], arrived: asyncio.Queue[Any], free: asyncio.Semaphore) -> None:
-    """Put requests into the queue as there is room; at their end None, or the exception that ended them."""
+async def feed(requests: AsyncIterable[Request], arrived: asyncio.Queue[Any], free: asyncio.Semaphore, under_way: dict[str, bool]) -> None:
+    """Put requests into the queue as there is room, and their ids into `under_way`; at their end None, or the exception that ended them."""
     try:
         await free.acquire()
         async for request in requests:
+            under_way[request.id] = False
             arrived.put_nowait(request)
             await free.acquire()
         arrived.put_nowait(None)

@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import inspect
 import json
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Literal
 
@@ -39,7 +40,7 @@ class OneCall:
 
 @dataclass
 class Way:
-    """What one way of answering came to, by problem. candidates: which of those it was made from are right."""
+    """What one way of answering came to, by problem. candidates: which of those it was made from are right; costs: means of a problem."""
 
     right: list[bool]
     candidates: list[list[bool]]
@@ -47,6 +48,7 @@ class Way:
     cut_off: int
     costs: dict[str, float]
     traces: list[dict[str, Any]]
+    n: int | None = None  # samples, where they were chosen
 
     @property
     def accuracy(self) -> float:
@@ -62,20 +64,24 @@ class Compare(Procedure):
     Args:
         ways: {NAME: an option of the group decode}. runs: {NAME: RUN_DIR} besides that of `ckpt=`. of: {WAY: name in runs}; a way that is
             left out is the own run's.
+        equal_tokens: {WAY: REFERENCE}. WAY has the fewest samples with which it reads and writes at least as many tokens as REFERENCE did,
+            counted over all problems (processed_tokens: a prompt that samples share counts once); the n that it says itself is not used.
         by: a way with candidates; problems are put into groups by how many of its candidates are right, and all ways measured in each.
         pairs: [FIRST, SECOND] of ways to be tested against each other.
         problems: JSONL file of {prompt, solution} or {question, answer}; None: those of the data, of `split`. most_problems: the first so
             many. read: how answers are compared. engine: of every run. max_new_tokens: of a call.
 
-    Metrics: WAY/accuracy, WAY/unparsed, WAY/cut_off, WAY/pass (any candidate is right), WAY/COST of a problem for each of COSTS;
-    WAY/accuracy@k=K and problems@k=K by the groups of `by`; WAY/fresh@k=K, share of right candidates beyond as many as `by` has, which its
-    groups do not depend on; FIRST-SECOND/points (share of problems), /low and /high (paired bootstrap, 95 %), /won, /lost, /p (McNemar).
+    Metrics: WAY/n of `equal_tokens`; WAY/accuracy, WAY/unparsed, WAY/cut_off, WAY/pass (any candidate is right); WAY/COST of a problem for
+    each of COSTS; WAY/accuracy@k=K and problems@k=K by the groups of `by`; WAY/fresh@k=K, share of right candidates beyond as many as `by`
+    has, which its groups do not depend on; FIRST-SECOND/points (share of problems), /low and /high (paired bootstrap, 95 %), /won, /lost
+    and /p (McNemar).
     Raises: UserError for no run or problems, names that are not there, and values out of range.
     """
 
     def __init__(
-        self, ways: dict[str, Any], runs: dict[str, str], of: dict[str, str], by: str, pairs: list[list[str]], problems: str | None,
-        split: Literal["train", "val"], most_problems: int | None, read: Reader, engine: MakeEngine, max_new_tokens: int,
+        self, ways: dict[str, Any], runs: dict[str, str], of: dict[str, str], equal_tokens: dict[str, str], by: str, pairs: list[list[str]],
+        problems: str | None, split: Literal["train", "val"], most_problems: int | None, read: Reader, engine: MakeEngine,
+        max_new_tokens: int,
     ) -> None:  # fmt: skip
         for key, value in (("most_problems", most_problems), ("max_new_tokens", max_new_tokens)):
             if value is not None and value < 1:
@@ -85,12 +91,19 @@ class Compare(Procedure):
         self.ways = {name: way if hasattr(way, "answer") else OneCall(way) for name, way in ways.items()}
         for way, run in of.items():
             known("task.of", way, ways), known(f"task.of.{way}", run, runs)
+        for way, reference in equal_tokens.items():
+            known("task.equal_tokens", way, ways), known(f"task.equal_tokens.{way}", reference, ways)
+            if not (hasattr(ways[way], "with_samples") and "n" in inspect.signature(type(ways[way])).parameters):
+                raise UserError(f"task.equal_tokens: {way} has no number of samples (n) that could be chosen")
+            if reference in equal_tokens:
+                raise UserError(f"task.equal_tokens.{way}: the samples of {reference} are chosen too; name a way that says its own")
         for pair in pairs:
             if len(pair) != 2:
                 raise UserError(f"task.pairs: {pair}; two names of ways are allowed in a pair")
             for name in pair:
                 known("task.pairs", name, ways)
         self.runs, self.of, self.by, self.pairs = runs, of, known("task.by", by, ways), pairs
+        self.equal_tokens = equal_tokens
         self.problems, self.split, self.most_problems = problems, split, most_problems
         self.reader, self.make_engine, self.max_new_tokens = read, engine, max_new_tokens
 
@@ -105,13 +118,19 @@ class Compare(Procedure):
         paths = {"": own_run(config), **self.runs}
         speakers = {name: speaker(path, self.make_engine, context, self.max_new_tokens) for name, path in paths.items()}
         found: dict[str, Way] = {}
-        for step, (name, method) in enumerate(self.ways.items()):
-            found[name] = way = self.answered(method, asked, speakers[self.of.get(name, "")], context)
+        for step, name in enumerate(sorted(self.ways, key=lambda name: name in self.equal_tokens)):  # after what they are measured by
+            method, who, reference = self.ways[name], speakers[self.of.get(name, "")], self.equal_tokens.get(name)
+            if reference is None:
+                way = self.answered(method, asked, who, context)
+            else:
+                way = self.as_many_tokens(method, found[reference].costs["processed_tokens"], asked, who, context)
+                context.progress(f"{name}: n={way.n} is the least that reads and writes as many tokens as {reference}")
+            found[name] = way
             self.write(name, way, asked, context.run_dir)
             context.log({f"{name}/accuracy": way.accuracy}, step)
             cost = ", ".join(f"{way.costs[key]:,.4g} {key.replace('_', ' ')}" for key in COSTS if key in way.costs)
             context.progress(f"{name}: {100 * way.accuracy:.2f} % of {len(asked)} right; a problem took {cost}")
-        metrics = {key: value for name, way in found.items() for key, value in figures_of(name, way).items()}
+        metrics = {key: value for name in self.ways for key, value in figures_of(name, found[name]).items()}
         metrics |= by_candidates(found, self.by)
         for first, second in self.pairs:
             metrics |= compared(f"{first}-{second}", found[first].right, found[second].right, context)
@@ -137,6 +156,22 @@ class Compare(Procedure):
             {key: math.fsum(usage[key] for usage in usages) / len(usages) for key in COSTS if all(key in usage for usage in usages)},
             [answer.trace for answer in done],
         )
+
+    def as_many_tokens(self, method: Any, tokens: float, asked: Sequence[Problem], who: Speaker, context: Context) -> Way:
+        """The way with the fewest samples that processes at least so many tokens a problem. Samples of a smaller n are not drawn again."""
+        tried: dict[int, Way] = {}
+
+        def cost(n: int) -> float:
+            if n not in tried:
+                tried[n] = replace(self.answered(method.with_samples(n), asked, who, context), n=n)
+            return tried[n].costs["processed_tokens"]
+
+        n = method.least
+        while (spent := cost(n)) < tokens:
+            n += max(1, int((tokens - spent) / (spent / n)))  # a shared prompt is in spent / n, so that this rarely goes too far
+        while n > method.least and cost(n - 1) >= tokens:
+            n -= 1
+        return tried[n]
 
     def write(self, name: str, way: Way, asked: Sequence[Problem], run_dir: Path) -> None:
         """NAME/results.jsonl and NAME/metrics.json, in the form of task=evaluate."""
@@ -167,6 +202,8 @@ def share(values: Sequence[bool]) -> float:
 def figures_of(name: str, way: Way) -> dict[str, float]:
     """Metrics of one way."""
     found = {"accuracy": way.accuracy, "unparsed": float(way.unparsed), "cut_off": float(way.cut_off), **way.costs}
+    if way.n is not None:
+        found["n"] = float(way.n)
     if all(way.candidates):
         found["pass"] = share([any(some) for some in way.candidates])
     return {f"{name}/{key}": value for key, value in found.items()}

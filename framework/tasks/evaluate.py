@@ -6,6 +6,7 @@ import dataclasses
 import itertools
 import json
 import math
+import shlex
 import sys
 import time
 import warnings
@@ -13,6 +14,7 @@ from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
+from hydra.core.hydra_config import HydraConfig
 from omegaconf import OmegaConf
 from rich.console import Console
 from rich.table import Table
@@ -41,15 +43,16 @@ class Evaluate:
     ...) of a task T has the means NAME/T/M@LENGTH, over tasks NAME/M@LENGTH, and over lengths NAME/M; figures of its summary are
     NAME/FIGURE. A task of the evaluation's own name is left out of the keys.
 
+    then: by the name of an evaluation the words that are suggested after it; see `next_command`.
     Raises: UserError where no evaluation was chosen.
     """
 
     asks_in_rounds = True
 
-    def __init__(self, evaluation: Evaluation | None) -> None:
+    def __init__(self, evaluation: Evaluation | None, then: dict[str, list[str]]) -> None:
         if evaluation is None:
             raise UserError(f"eval: none chosen; task=evaluate needs one: eval={' | eval='.join(group_options('eval'))}")
-        self.evaluation = evaluation
+        self.evaluation, self.then = evaluation, then
         self.asks_every_task = bool(getattr(evaluation, "by_task", False))
 
     def run(self, context: Context) -> dict[str, float]:
@@ -79,17 +82,42 @@ class Evaluate:
         seconds = time.monotonic() - began
         shown = f", {', '.join(path.name for path in pictures)}" if pictures else ""
         say(f"{len(rows)} items in {seconds:.0f} s; {RESULTS}, metrics.json{shown} in {context.out_dir}")
-        another, *others = [name for name in group_options("eval") if name != self.evaluation.name]
-        besides = f"   (or eval={', '.join(others)})" if others else ""
-        tasks = tasks_to_say(context.run.model)
-        whose = f" adapter.task={context.task or tasks[0]}" if tasks else ""
-        say(f"next: python generate.py task=evaluate eval={another} ckpt={context.run.path}{whose}{besides}")
+        say(f"next: {next_command(context, self.evaluation.name, self.then.get(self.evaluation.name, []))}")
         return {**metrics, "items": float(len(rows)), "seconds": seconds}
 
 
 def say(text: str) -> None:
     """A line on stderr; the tables alone go to stdout."""
     print(text, file=sys.stderr, flush=True)
+
+
+def next_command(context: Context, name: str, then: Sequence[str]) -> str:
+    """What to do after the evaluation `name`: the command as it was typed, with the words `then` in place of its own.
+
+    After a decoding in several calls: compare it with another one. Where nothing is suggested, or a value of `then` was typed: a prompt.
+    """
+    if context.method is not None:
+        return f"python -m framework.decoding_report {context.out_dir} OTHER_DIR   (OTHER_DIR: the same items with another decode=)"
+    typed = HydraConfig.get().overrides.task if HydraConfig.initialized() else ["task=evaluate", f"eval={name}"]
+    keys, values = {key_of(word) for word in typed}, {key_of(word) for word in then if "." in key_of(word)}
+    run = f"ckpt={context.run.path}"
+    if not then or values & keys:
+        tasks = tasks_to_say(context.run.model)
+        whose = f" adapter.task={context.task or tasks[0]}" if tasks else ""
+        return f"python generate.py {run}{whose} prompt='...'"
+    replaced = ("ckpt", "hydra", "paths.output_dir", *(key_of(word) for word in then))  # and whatever is under one of them
+    kept = [word for word in typed if not any(key_of(word) == key or key_of(word).startswith(f"{key}.") for key in replaced)]
+    return f"python generate.py {' '.join(map(in_shell, [*kept, *then, run]))}"
+
+
+def key_of(word: str) -> str:
+    """The key of an override."""
+    return word.lstrip("+~").partition("=")[0]
+
+
+def in_shell(word: str) -> str:
+    """A word as a shell takes it; Hydra's own quotes stay readable."""
+    return f'"{word}"' if "'" in word and not set(word) & set('"$`\\!') else shlex.quote(word)
 
 
 def make_exam(context: Context) -> Exam:

@@ -9,9 +9,9 @@ import pytest
 
 from components.contracts import Completion, UserError
 from components.decoding.answers import Reader
-from components.decoding.rounds import Query
+from components.decoding.rounds import Query, seed_of
 from framework import answering, decoding
-from framework.answering import Remembering, is_right, problems_of
+from framework.answering import Remembering, Speaker, is_right, problems_of
 from framework.build import compose
 from framework.tasks.candidates import Candidates, StoppedShort, balanced
 from framework.tasks.compare import Compare, OneCall, Way, by_candidates, figures_of
@@ -118,6 +118,39 @@ def test_problems_come_from_a_file_or_the_data(tmp_path):
         problems_of(object(), None, "val", None)
 
 
+def read_traces(folder):
+    return [json.loads(line)["trace"] for line in (folder / "results.jsonl").open()]
+
+
+def who_says(length, prompt="p" * 10):
+    """A speaker whose sample i of any problem has length(i) tokens, and problems with prompts of 10 tokens."""
+    seeds = {seed_of(1, name, "sample", i): i for name in decoding.query_ids([prompt, prompt]) for i in range(200)}
+    inner = Scripted(lambda _, params: "x" * length(seeds[params.seed]))
+    return Speaker(Remembering(inner), render, setting(), lambda tokens: 1.0), [(prompt, "1")] * 2, inner
+
+
+@pytest.mark.parametrize(
+    ("length", "tokens", "n"),
+    [
+        (lambda i: 30, 100, 3),  # 10 + 30 n
+        (lambda i: 30, 100.5, 4),  # a mean over problems
+        (lambda i: 30, 5, 1),
+        (lambda i: 50 if i else 1, 60, 2),  # 61 at two; the guess from the first sample goes far beyond
+        (lambda i: 1 if i else 90, 110, 11),  # and here it stays far below
+    ],
+)
+def test_as_many_tokens_as_another_way(length, tokens, n):
+    who, asked, inner = who_says(length)
+    compare = object.__new__(Compare)
+    compare.reader = Reader("number", None)
+    vote = option("self_consistency", n=7)
+    way = compare.as_many_tokens(vote, tokens, asked, who, SimpleNamespace(progress=lambda *_: None))
+    assert way.n == n and vote.n == 7 and all(len(some) == n for some in way.candidates)
+    assert way.costs["processed_tokens"] == 10 + sum(length(i) for i in range(n)) and way.costs["calls"] == n
+    calls = [call for calls in inner.rounds for call in calls]
+    assert len({params.seed for _, params in calls}) == len(calls)  # none was made twice
+
+
 def words(run, folder, *more):
     own = [*MODEL, f"ckpt={run}", "task.read.mark='#'", "task.max_new_tokens=4", f"paths.cache_dir={folder / 'cache'}", *more]
     return compose("train", own)
@@ -135,20 +168,34 @@ def test_both_tasks_on_a_real_run(run, tmp_path):
     assert {row["completion"] for row in rows} == {row["completion"] for row in solve}
     assert len({row["prompt"] for row in rows}) == 40  # both groups of a problem are draws of their own
     folder = tmp_path / "compared"
-    figures = train(words(run, tmp_path, "task=compare", "task.pairs=[[gsa,greedy]]", *bare), folder)
+    small = ["task.pairs=[[gsa,greedy]]", "decode/template@task.ways.gsa.template=bare"]
+    figures = train(words(run, tmp_path, "task=compare", *small, *bare), folder)
     assert figures["problems"] == 5 and figures["gsa/accuracy"] == 0 and figures["problems@k=0"] == 5
     assert (figures["gsa/calls"], figures["gsa-greedy/p"]) == (4, 1.0)
     from framework.decoding_report import read
 
     _, way = read(folder / "gsa", None)
     assert len(way.values) == 5 and way.costs["calls"] == 20 and way.by_candidates == {0: (5, 0)}
+    # The vote that is as many tokens: one sample fewer would be too few; its samples are those of the vote over four, and more.
+    votes, more = (read_traces(folder / name) for name in ("self_consistency", "self_consistency_tokens"))
+    n, spent = figures["self_consistency_tokens/n"], [trace["usage"]["processed_tokens"] for trace in more]
+    assert sum(spent) >= 5 * figures["gsa/processed_tokens"] > sum(spent) - sum(trace["calls"][-1]["tokens"] for trace in more)
+    assert figures["self_consistency_tokens/processed_tokens"] == pytest.approx(sum(spent) / 5)
+    assert n > 4 and all(len(trace["candidates"]) == trace["usage"]["calls"] == n for trace in more)
+    assert [trace["candidates"][:4] for trace in more] == [trace["candidates"] for trace in votes]
+    for trace in more:  # by hand: the prompt once, and all that was written
+        prompt, written = trace["calls"][0]["prompt_tokens"], sum(call["tokens"] for call in trace["calls"])
+        assert trace["usage"]["processed_tokens"] == prompt + written
 
 
 @pytest.mark.parametrize(
     ("task", "change", "line"),
     [
-        ("compare", "task.by=gas", r"task\.by: 'gas' is not one of greedy, self_consistency, gsa; did you mean 'gsa'"),
+        ("compare", "task.by=gas", r"task\.by: 'gas' is not one of greedy, self_consistency, .*gsa; did you mean 'gsa'"),
         ("compare", "task.pairs=[[gsa,gready]]", r"task\.pairs: 'gready' is not one of .*did you mean 'greedy'"),
+        ("compare", "+task.equal_tokens={self_consistency: gas}", r"task\.equal_tokens\.self_consistency: 'gas' is not one .* mean 'gsa'"),
+        ("compare", "+task.equal_tokens={greedy: gsa}", r"task\.equal_tokens: greedy has no number of samples"),
+        ("compare", "+task.equal_tokens={gsa: self_consistency_tokens}", r"equal_tokens.*samples of .* are chosen too; name a way"),
         ("compare", "+task.of={greedy: other}", r"task\.of\.greedy: 'other' is not one of"),
         ("candidates", "task.k_most=0.1", r"task\.k_most: 0\.1; from 1/4"),
         ("candidates", "task.groups=0", r"task\.groups: 0; at least 1"),

@@ -5,7 +5,6 @@ from __future__ import annotations
 import asyncio
 import itertools
 import json
-import math
 from dataclasses import replace
 
 import pytest
@@ -236,26 +235,6 @@ def test_the_model_names_a_candidate(name):
     assert (lost.answer.chosen, lost.answer.notes["unparsed"]) == (0, 1)
     assert totals([lost.record(), trace.record()])["decode/unparsed"] == 1
     assert named("3.1 or 2.5", 3) is None and named("It is 2.", 3) == 2
-
-
-def test_the_best_by_log_probability_or_by_a_scorer():
-    def scored(*logprobs):
-        return Completion([1] * len(logprobs), f"{logprobs}", list(logprobs), "stop")
-
-    trace, _ = one(option("best_of_n", n=3), by_seed(scored(-3.0), scored(-1.0, -2.0), scored(-1.5)))
-    assert trace.answer.chosen == 1 and trace.answer.notes["scores"] == [-3.0, -1.5, -1.5]
-
-    class Longest:
-        def score(self, prompts, answers):
-            assert prompts == ["What is 1 + 1?"] * 3
-            return [math.nan if answer == "not a number" else len(answer) for answer in answers]
-
-    method = option("best_of_n", n=3)
-    method.scorer = Longest()
-    trace, _ = one(method, by_seed("not a number", "bb", "c"))
-    assert trace.answer.completion.text == "bb"
-    with pytest.raises(UserError, match=r"decode.scorer: null"):
-        one(option("best_of_n", n=1), by_seed(Completion([], "x", [], "stop")))
 
 
 def test_refinement_goes_on_until_it_is_enough():

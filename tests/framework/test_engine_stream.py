@@ -183,6 +183,35 @@ def test_a_stream_can_be_left_early(model):
     assert asyncio.run(first()).error is None
 
 
+def test_what_is_cancelled_ends_and_what_is_over_or_unknown_stays_so(model):
+    """A request that waits, one that is decoded, one that is over, and one of the same name as that: only the first two are cancelled."""
+    native = engine(model, max_batch=1)
+    long = replace(PARAMS, max_new_tokens=40)
+    found, asked = [], asyncio.Queue()
+
+    async def come():
+        while (request := await asked.get()) is not None:
+            yield request
+
+    async def collect():
+        native.cancel("a")  # nothing is asked yet
+        asked.put_nowait(Request("a", prompt(), PARAMS))
+        async for result in native.stream(come(), concurrency=3):
+            found.append((result.request_id, result.error))
+            if len(found) == 1:
+                native.cancel("a")  # it is over
+                for name in ("a", "decoded", "waits"):
+                    asked.put_nowait(Request(name, prompt(name), PARAMS if name == "a" else long))
+            elif len(found) == 2:
+                native.cancel("decoded"), native.cancel("waits"), native.cancel("never asked")
+                asked.put_nowait(Request("last", prompt(), PARAMS))
+                asked.put_nowait(None)
+
+    asyncio.run(collect())
+    assert found[:2] == [("a", None)] * 2 and dict(found[2:]) == {"decoded": "cancelled", "waits": "cancelled", "last": None}
+    assert not native._under_way
+
+
 def test_stop_strings_constraints_and_alternatives_reach_the_rows(model):
     native = engine(model)
     free = native.generate([prompt()], PARAMS)[0]

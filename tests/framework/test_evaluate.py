@@ -132,7 +132,10 @@ def test_questions_are_asked_written_and_averaged(call, tmp_path, longer):
     assert "score, %" in out and "common_words" in out and "answer loss, nats a token" in out
     first, *_, where, last = err.splitlines()
     assert str(longer) in first and "trained at 64 tokens" in first and "another regime beyond 64 tokens" in first
-    assert "12 items" in where and str(tmp_path / "out") in where and last.startswith("next: python generate.py task=evaluate eval=")
+    assert "12 items" in where and str(tmp_path / "out") in where and last.startswith("next: python generate.py ")
+    assert (
+        " eval=position_loss " in last and "eval.lengths" not in last and "eval=ruler_lite" not in last and last.endswith(f"ckpt={longer}")
+    )
     assert "UserWarning" not in err
 
 

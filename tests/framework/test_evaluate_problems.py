@@ -3,13 +3,18 @@
 from __future__ import annotations
 
 import json
+import shlex
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
+from hydra.core.hydra_config import HydraConfig
+from omegaconf import OmegaConf
 
 import generate as entry_point
-from framework.build import load_run
-from framework.tasks.evaluate import make_exam
+from framework.build import compose, load_run
+from framework.overrides import group_options
+from framework.tasks.evaluate import make_exam, next_command
 from tests.framework.test_generate import TEXT, make_run, refused
 
 FUNCTIONS = Path(__file__).parents[1] / "components" / "evals" / "files" / "functions.jsonl"
@@ -57,6 +62,43 @@ def test_problems_with_numbers(call, home, tmp_path, run):
     header, numbers, _, strict, flexible, cut_off = out.splitlines()
     assert header.split("  ")[0] == "items" and "strict score, %" in header and numbers.split()[0] == "3"
     assert strict.startswith("strict: ") and flexible.startswith("flexible: ") and "eval.max_new_tokens=4" in cut_off
+
+
+def test_what_is_suggested_next_fits_what_was_run(home, monkeypatch):
+    """The words that were typed, others in their places; every suggestion of the YAML is one that its evaluation takes."""
+    then = OmegaConf.to_container(compose("generate", ["task=evaluate", "eval=choice"]).task.then)
+    assert set(then) <= set(group_options("eval"))
+    run = load_run(home / "outputs" / "text")
+    context = SimpleNamespace(run=run, method=None, task=None, out_dir="out")
+
+    def after(name, *typed, method=None):
+        context.method = method
+        monkeypatch.setattr(HydraConfig, "initialized", lambda: True)
+        monkeypatch.setattr(HydraConfig, "get", lambda: SimpleNamespace(overrides=SimpleNamespace(task=list(typed))))
+        return next_command(context, name, then.get(name, []))
+
+    asked = (
+        "task=evaluate",
+        "eval=gsm8k",
+        "eval.path=my test.jsonl",
+        "eval.mark='#'",
+        "decode=greedy",
+        "decode.stop=[END]",
+        "ckpt=last",
+        "hydra.run.dir=x",
+    )
+    assert after("gsm8k", *asked) == (
+        f"python generate.py task=evaluate eval=gsm8k 'eval.path=my test.jsonl' \"eval.mark='#'\" decode=self_consistency ckpt={run.path}"
+    )
+    assert after("gsm8k", *asked, method=object()).startswith("python -m framework.decoding_report out OTHER_DIR")
+    once = after("code", "task=evaluate", "eval=code", "eval.path=f.jsonl", "eval.execute=true")
+    assert "eval.execute=true decode=sample eval.samples=10 'eval.ks=[1,10]'" in once
+    prompt = f"python generate.py ckpt={run.path} prompt='...'"
+    assert after("code", "task=evaluate", "eval=code", "eval.samples=5") == prompt == after("my_own", "task=evaluate", "eval=my_own")
+    assert shlex.split(after("gsm8k", "eval.template='it\"s $1'", *asked))[2] == "eval.template='it\"s $1'"
+    for name in then:  # each is accepted by the command itself
+        typed = ("task=evaluate", f"eval={name}")
+        compose("generate", shlex.split(after(name, *typed))[2:])
 
 
 def test_a_run_is_asked_as_it_was_trained(home):

@@ -62,10 +62,10 @@ def test_a_file_of_prompts(call, tmp_path):
     assert code == 0 and out == trace["text"] + "\n" and trace["chosen"] == max(range(4), key=lambda i: trace["notes"]["scores"][i])
 
 
-@pytest.mark.parametrize("decode", ["gsa", "self_consistency", "choose_from_n"])
+@pytest.mark.parametrize("decode", ["gsa", "self_consistency", "choose_from_n", "best_of_n decode/scorer=likelihood"])
 def test_an_evaluation(call, home, tmp_path, decode):
     words = ("task=evaluate", "eval=gsm8k", f"eval.path={home / 'problems.jsonl'}", "eval.max_new_tokens=5")
-    code, out, err = call(*words, f"decode={decode}")
+    code, out, err = call(*words, *f"decode={decode}".split())
     assert code == 0, err
     found = lines(tmp_path / "out" / "results.jsonl")
     metrics = json.loads((tmp_path / "out" / "metrics.json").read_text())

@@ -32,9 +32,9 @@ SERVED = PLAIN | {
 ABLE = {"native": None, "transformers": PLAIN, "vllm": SERVED, "ours_served": SERVED - {"logit_bias"}, "openai_serve": {"pieces"}}
 
 
-def make_run(folder):
-    """A run directory of random weights, with answers that vary and no ties (see test_vllm.py)."""
-    words = ["model=phi4mini", "model/size=tiny", "model.num_layers=2", f"model.max_length={LENGTH}", "rope=none"]
+def make_run(folder, *more):
+    """A run directory of random weights, with answers that vary and no ties (see test_vllm.py). more: words of its configuration."""
+    words = ["model=phi4mini", "model/size=tiny", "model.num_layers=2", f"model.max_length={LENGTH}", "rope=none", *more]
     config = build.compose("train", words)
     tokenizer = bytes_tokenizer()
     model = build.build_model(config, tokenizer.vocab_size)
@@ -52,10 +52,10 @@ def make_run(folder):
 
 @contextmanager
 def opened(kind, home):
-    """The engine over the run in `home`, which is made where it is missing."""
+    """The engine over the run in `home`, which is made where it is missing: one that knows conversations."""
     folder = home / "run"
     if not folder.exists():
-        make_run(folder)
+        make_run(folder, "data=chat", "data.path=none.jsonl", "task=sft")
     run = build.load_run(folder)
     words = {
         "native": ["engine=native"],

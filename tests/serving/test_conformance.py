@@ -6,13 +6,21 @@ A test that an engine cannot take says which capability is missing; the table in
 import asyncio
 from dataclasses import replace
 
+import httpx
 import pytest
 import torch
 from engines import ABLE, DRAWN, GREEDY, LENGTH, opened
 
 from components.contracts import CANCELLED, Constraint, Request, UserError
-from framework.engines.requests import each_of
+from framework.build import load_run
+from framework.engines.requests import RequestEngine, each_of
+from framework.generate import run_renderer
 
+CHATS = [
+    [{"role": "user", "content": "Why is the sky blue?"}],
+    [{"role": "system", "content": " Be brief.\n"}, {"role": "user", "content": "Why {{x}}?\n"}],
+    [{"role": "user", "content": "One?"}, {"role": "assistant", "content": "Two: é."}, {"role": "user", "content": "  And three?"}],
+]
 MARKS = {"vllm": pytest.mark.vllm, "openai_serve": pytest.mark.serve}
 LENGTHS = (3, 9, 17, 31, 5, 64, 12, 40)
 
@@ -67,6 +75,32 @@ def test_greedy_tokens_are_ours(engine, native):
     else:
         assert [one.text for one in found] == [one.text for one in wanted]
     assert len({one.text for one in found}) > 4  # else equality shows little
+
+
+def test_a_conversation_is_read_and_answered_as_ours(engine, native, home):
+    """A server gets the messages and renders them by the export's chat template, the others the ids that the run renders them to.
+
+    The ids themselves are vLLM's word for it (/tokenize); of every engine their number, and the answer to them.
+    """
+    render, served = run_renderer(load_run(home / "run")), isinstance(engine, RequestEngine)
+    asked = [render(chat) for chat in CHATS]
+    if engine.kind == "vllm":
+        tell = {"model": engine.model_id, "add_generation_prompt": True}
+        where = engine.base_url.removesuffix("/v1") + "/tokenize"
+        assert [httpx.post(where, json=tell | {"messages": chat}).raise_for_status().json()["tokens"] for chat in CHATS] == asked
+    wanted = native.generate(asked, GREEDY)
+    requests = [Request(str(i), chat if served else ids, GREEDY) for i, (chat, ids) in enumerate(zip(CHATS, asked, strict=True))]
+    found = {result.request_id: result for result in streamed(engine, requests)}
+    for i, own in enumerate(wanted):
+        result = found[str(i)]
+        assert result.error is None and result.usage.prompt == len(asked[i])
+        (one,) = result.completions
+        if "token_ids" in engine.capabilities:  # vLLM leaves a character that is not whole out of a text
+            assert one.token_ids == own.token_ids
+        else:
+            assert one.text == own.text
+        assert one.finish_reason == own.finish_reason
+    assert len({own.text for own in wanted}) == len(CHATS)
 
 
 def test_logprobs_are_of_the_models_own_distribution(engine, native):
@@ -176,12 +210,15 @@ def test_a_cancelled_request_ends_and_no_other(engine):
     at_once = engine.kind in ("vllm", "openai_serve")
     before = engine.diagnostics()["tokens"]
 
+    async def asked():
+        yield Request("long", prompts()[0], replace(GREEDY, max_new_tokens=LENGTH - 64))
+        if at_once:  # by now it is on its way: opening the client alone may take longer than that
+            asyncio.get_running_loop().call_later(0.05, engine.cancel, "long")
+        yield Request("short", prompts()[1], GREEDY)
+
     async def collect():
         found = {}
-        if at_once:
-            asyncio.get_running_loop().call_later(0.05, engine.cancel, "long")
-        asked = [Request("long", prompts()[0], replace(GREEDY, max_new_tokens=LENGTH - 64)), Request("short", prompts()[1], GREEDY)]
-        async for result in engine.stream(each_of(asked), concurrency=4):
+        async for result in engine.stream(asked(), concurrency=4):
             found[result.request_id] = result
             if result.request_id == "short" and not at_once:
                 engine.cancel("long")

@@ -51,9 +51,9 @@ class Synthesize:
     def __init__(
         self, documents: Any, columns: list[str], document_chars: int, most_documents: int | None, output: str | None, reader: str,
         levels: list[int], questions: int, attempts: int, aliases: dict[str, str], prompts: Prompts, extraction: Sampler,
-        screening: dict[str, Any], combining: Combining, mixing: Mixing, duplicates: Callable[[], NearDuplicates], decontamination: dict[str, Any],
-        answer: dict[str, Any], embedder: Embedder, concurrency: int, max_attempts: int, repair: bool, grace_s: float, progress_s: float,
-        fsync_rows: int, fsync_seconds: float, shard_bytes: int,
+        screening: dict[str, Any], combining: Combining, mixing: Mixing, duplicates: Callable[[], NearDuplicates],
+        decontamination: dict[str, Any], answer: dict[str, Any], embedder: Embedder, concurrency: int, max_attempts: int,
+        repair: bool, grace_s: float, progress_s: float, fsync_rows: int, fsync_seconds: float, shard_bytes: int,
     ) -> None:  # fmt: skip
         if not documents or output is None:
             raise UserError(

@@ -19,7 +19,8 @@ COMMANDS = sorted({m[0].split("  ")[0].strip() for text in SOURCES for m in re.f
 def test_command_is_accepted(command):
     words = shlex.split(command)[1:]
     script, words = words[0].removesuffix(".py"), [quoted(w) for w in words[1:] if "=" in w]
-    if any("," in re.sub(r"\{.*\}|\[.*\]", "", w) and not w.startswith(("prompt", "data.path")) for w in words):  # a sweep: each value on its own
+    free = [re.sub(r"\{.*\}|\[.*\]", "", w) for w in words if not w.startswith(("prompt", "data.path"))]
+    if any("," in w for w in free):  # a sweep: each value on its own
         words = [w.split(",")[0] for w in words]
     try:
         compose(script, words)

@@ -9,12 +9,12 @@ import difflib
 import logging
 import math
 from dataclasses import dataclass, replace
-from typing import cast
+from typing import Any, cast
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from torch.utils.checkpoint import checkpoint
+from torch.utils.checkpoint import checkpoint, noop_context_fn
 
 from components.contracts import Batch, ModelOutput, Role, RopeRegime, RopeRule, RopeSpec, UserError
 from components.decode_state import DecodeState
@@ -232,7 +232,8 @@ class Decoder(nn.Module):
         window: most keys that a query of any layer sees: None when one layer sees all, 0 when no layer attends. Decides whether a RoPE
             rule can act at all.
 
-    Set `gradient_checkpointing` to recompute each block in the backward.
+    Set `gradient_checkpointing` to recompute each block in the backward. `recompute_contexts` is the `context_fn` of that: what stands
+    beside the model and must be again as it was (an adapter's task ids).
     """
 
     def __init__(
@@ -256,6 +257,7 @@ class Decoder(nn.Module):
         self.max_length = max_length
         self.window = window
         self.gradient_checkpointing = False
+        self.recompute_contexts = noop_context_fn
         self.embed_tokens = nn.Embedding(vocab_size, hidden_size)
         self.layers = nn.ModuleList(blocks)
         self.norm = RMSNorm(hidden_size, norm_eps)
@@ -287,9 +289,12 @@ class Decoder(nn.Module):
         context = self._context(batch, step)
         x = self.embed_tokens(batch.input_ids)  # (B, T, D)
         recompute = self.gradient_checkpointing and self.training and torch.is_grad_enabled() and states is None
+        contexts: dict[str, Any] = {}
+        if not torch.compiler.is_compiling():  # a graph takes none, and needs none
+            contexts["context_fn"] = self.recompute_contexts
         for i, block in enumerate(self.blocks):
             if recompute:
-                x = checkpoint(block, x, context, use_reentrant=False)
+                x = checkpoint(block, x, context, use_reentrant=False, **contexts)
             else:
                 x = block(x, context, None if states is None else states[i])
         return self.norm(x)

@@ -17,7 +17,7 @@ from omegaconf import DictConfig, OmegaConf
 from rich.console import Console
 from rich.table import Table
 
-from components.adapters.base import may_rest, tasks_to_say
+from components.adapters.base import breakdown, may_rest, tasks_to_say
 from components.adapters.base.sharing import sharing
 from components.contracts import Batch, UserError
 from components.optim.groups import describe
@@ -179,6 +179,8 @@ class Session:
             f"about {cost.memory_bytes / 2**30:.1f} GiB{' each' if processes > 1 else ''} and {time} ({cost.source}); "
             f"{self.clock.flops_per_token / 1e6:,.1f} MFLOP a token{speed}"
         )
+        if line := breakdown(parts.model):
+            say(line)
         table = Table(box=None, pad_edge=False)
         for key in groups[0] if groups else ():
             table.add_column(key, justify="left" if isinstance(groups[0][key], str) else "right")

@@ -13,5 +13,5 @@ class NoAdapter:
     """Leaves the model as it is, every parameter trainable."""
 
     def apply(self, model: nn.Module) -> dict[str, Any]:
-        """Return {'trainable', 'total', 'percent', 'modules': {}}; nothing is wrapped or frozen."""
+        """Return the report of `components.adapters.base.count_parameters`; nothing is wrapped or frozen."""
         return count_parameters(model)

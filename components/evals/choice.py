@@ -6,7 +6,8 @@ arXiv 2304.01933): their public code, and that of MTL-LoRA (arXiv 2410.09437) fo
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections import Counter
+from collections.abc import Iterable, Sequence
 from itertools import islice
 
 from components.contracts import Completion, UserError
@@ -26,7 +27,8 @@ class Choice(Questions):
         max_new_tokens: for an answer.
 
     Measure: score, 1 or 0, so that its means are accuracies, of each task and of all tasks in equal parts. Summary: TASK/unparsable and
-    unparsable, how many answers name no label: they count as wrong.
+    unparsable, how many answers name no label: they count as wrong; TASK/commonest_label and commonest_label, what the commonest label of
+    the questions asked would score if it were always given, which says how much of an accuracy can be had without reading.
     Raises UserError for a value that is not allowed, data that have no questions, and a right answer that is no label.
     """
 
@@ -64,8 +66,23 @@ class Choice(Questions):
         return row
 
     def summary(self, rows: Sequence[Row]) -> tuple[dict[str, float], str]:
-        missed = {task: sum(row.task == task and not row.record["picked"] for row in rows) for task in dict.fromkeys(r.task for r in rows)}
-        total = sum(missed.values())
+        by_task = {task: [row.record for row in rows if row.task == task] for task in dict.fromkeys(row.task for row in rows)}
+        missed = {task: sum(not record["picked"] for record in some) for task, some in by_task.items()}
+        shares = {task: commonest(record["expected"][0] for record in some)[1] for task, some in by_task.items()}
+        total, mean = sum(missed.values()), sum(shares.values()) / max(len(shares), 1)
         figures = {**{f"{task}/unparsable": float(count) for task, count in missed.items()}, "unparsable": float(total)}
+        figures |= {**{f"{task}/commonest_label": share for task, share in shares.items()}, "commonest_label": mean}
         each = f" ({', '.join(f'{task} {count}' for task, count in missed.items() if count)})" if total else ""
-        return figures, f"matcher {self.matcher}; {total} of {len(rows)} answers name no label{each}"
+        line = f"matcher {self.matcher}; {total} of {len(rows)} answers name no label{each}; always the commonest label: {mean:.1%}"
+        return figures, line
+
+
+def commonest(labels: Iterable[str]) -> tuple[str, float]:
+    """The commonest label, of several the first by name, and its share.
+
+    >>> commonest(["true", "false", "true"])
+    ('true', 0.6666666666666666)
+    """
+    counts = Counter(labels)
+    label = min(counts, key=lambda one: (-counts[one], one))
+    return label, counts[label] / counts.total()

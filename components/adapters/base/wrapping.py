@@ -7,6 +7,7 @@ takes the wrapped model and finds the layers in it, so nothing has to keep a han
 from __future__ import annotations
 
 import difflib
+from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
@@ -16,7 +17,7 @@ from torch import Tensor, nn
 
 from components.adapters.base.leaves import applied_weight, is_quantised, leaf_of
 from components.adapters.base.targets import modules_ending_in, select_modules
-from components.adapters.base.task_ids import TaskIds, read_batch
+from components.adapters.base.task_ids import TaskIds, after_recomputation, read_batch
 from components.contracts import ModelOutput, Role, UserError
 
 
@@ -108,7 +109,7 @@ def inject(
     the names of modules that are trained in full, in their own dtype, and stored with the adapter. train_bias: `none`, `adapted` (biases
     of the wrapped modules) or `all`. embeddings: whether an nn.Embedding can be wrapped. allow_tied: whether a module may be wrapped that
     shares its weight with another; the adapter acts in its place alone, and cannot be merged.
-    Returns {'trainable', 'total', 'percent', 'modules': {name: adapter parameters}}.
+    Returns the report of `count_parameters`.
     Raises UserError as `select_modules` does, when a chosen module has an adapter already or shares its weight (see allow_tied), and when
     one to be trained in full has an adapter or shares its weight; the model is then unchanged.
     """
@@ -136,7 +137,8 @@ def inject(
     if task_ids(model) is None:
         model.register_forward_pre_hook(read_batch, with_kwargs=True)
         model.register_forward_hook(add_aux_losses)
-    model.adapter_task_ids = holder  # type: ignore[assignment]
+        model.register_forward_hook(after_recomputation, always_call=True)
+    _hand_out(model, holder)
     model.adapter_base_roles = roles  # type: ignore[assignment]
     return count_parameters(model)
 
@@ -159,11 +161,35 @@ def add_aux_losses(model: nn.Module, args: tuple[object, ...], output: object) -
 
 
 def count_parameters(model: nn.Module) -> dict[str, Any]:
-    """The report of `Adapter.apply`: tied parameters count once; `modules` gives the adapter's parameters by wrapped module."""
+    """The report of `Adapter.apply`: tied parameters count once; `modules` gives the adapter's parameters by wrapped module.
+
+    `types` gives the same by their name in the layer, up to a dot (lora_A, lora_B ...), `roles` by the role of the wrapped module, or by
+    the end of its name where the model has no roles; each adds up to the sum of `modules`. `in_full`: what is trained of the model's own.
+    """
     trainable = sum(p.numel() for p in model.parameters() if p.requires_grad)
     total = sum(p.numel() for p in model.parameters())
-    modules = {name: sum(p.numel() for _, p in layer.adapter_parameters()) for name, layer in adapter_layers(model)}
-    return {"trainable": trainable, "total": total, "percent": 100.0 * trainable / max(total, 1), "modules": modules}
+    own, modules = base_roles(model), {}
+    types: Counter[str] = Counter()
+    roles: Counter[str] = Counter()
+    for name, layer in adapter_layers(model):
+        sizes = {inner: p.numel() for inner, p in layer.adapter_parameters()}
+        modules[name] = sum(sizes.values())
+        roles[own.get(f"{name}.weight", name.rpartition(".")[2])] += modules[name]
+        for inner, size in sizes.items():
+            types[inner.partition(".")[0]] += size
+    in_full = sum(model.get_parameter(name).numel() for name in _names_in_full(model))
+    percent = 100.0 * trainable / max(total, 1)
+    return {"trainable": trainable, "total": total, "percent": percent, "modules": modules, "types": dict(types), "roles": dict(roles),
+            "in_full": in_full}  # fmt: skip
+
+
+def breakdown(model: nn.Module) -> str:
+    """The adapter's parameters by type and by role in one line; '' without an adapter."""
+    report = count_parameters(model)
+    parts = [", ".join(f"{name} {size:,}" for name, size in report[key].items()) for key in ("types", "roles")]
+    if report["in_full"]:
+        parts.append(f"{report['in_full']:,} of the model's own in full")
+    return f"adapter: {sum(report['modules'].values()):,} parameters: {'; '.join(parts)}" if report["modules"] else ""
 
 
 def adapter_layers(model: nn.Module) -> Iterator[tuple[str, AdapterLayer]]:
@@ -264,7 +290,7 @@ def unwrap(model: nn.Module) -> None:
         parent, _, child = name.rpartition(".")
         setattr(model.get_submodule(parent), child, layer.base_layer)
     if task_ids(model) is not None:
-        model.adapter_task_ids = TaskIds()  # type: ignore[assignment]
+        _hand_out(model, TaskIds())
         model.adapter_in_full = ()  # type: ignore[assignment]
     model.requires_grad_(True)
 
@@ -296,6 +322,14 @@ def disabled(model: nn.Module) -> Iterator[None]:
     finally:
         for layer, enabled in before:
             layer.enabled = enabled
+
+
+def _hand_out(model: nn.Module, holder: TaskIds) -> None:
+    """Make this the model's holder, and that of the checkpoints inside it that say what their recomputation needs."""
+    model.adapter_task_ids = holder  # type: ignore[assignment]
+    for module in model.modules():
+        if hasattr(module, "recompute_contexts"):
+            module.recompute_contexts = holder.segment  # type: ignore[assignment]
 
 
 def _shared_ids(model: nn.Module, tasks: Sequence[str]) -> TaskIds:

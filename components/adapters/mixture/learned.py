@@ -115,7 +115,7 @@ class TokenLayer(_GatedLayer):
             return p if self.top_k is None else torch.zeros_like(p).scatter(-1, chosen, best.softmax(-1))
 
     def _ids(self, x: Tensor) -> Tensor | None:
-        return None if self.task_ids.ids is None else super()._ids(x)
+        return None if self.task_ids.now() is None else super()._ids(x)
 
     def _expand(self, z: Tensor, x: Tensor, ids: Tensor | None) -> Tensor:
         p = self.gates(x, None if ids is None else ids == OFF).to(z.dtype)

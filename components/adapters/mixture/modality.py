@@ -28,7 +28,7 @@ class RowChoice:
 
     def of(self, task_ids: TaskIds, x: Tensor) -> tuple[Tensor, Segments]:
         """Expert of each token of x (..., in), flat (N,), and the tokens sorted by expert."""
-        ids = task_ids.ids
+        ids = task_ids.now()
         fixed = ids is None or not ids.is_inference()  # else nobody can tell whether the same tensor was filled anew
         seen = (ids, ids._version if ids is not None and fixed else 0, x.shape[:-1], x.device)
         if self._found is None or not fixed or seen[0] is not self._seen[0] or seen[1:] != self._seen[1:]:

@@ -113,12 +113,16 @@ def logits(model: nn.Module, batch: Batch) -> Tensor:
         return model.logits(model(batch).hidden)
 
 
-def gradients(model: nn.Module, batch: Batch) -> dict[str, Tensor]:
-    """Of every parameter that got one, by name."""
+def loss_of(model: nn.Module, batch: Batch) -> Tensor:
     torch.manual_seed(2)  # of dropout
     out = model.train()(batch)
     loss = torch.nn.functional.cross_entropy(model.logits(out.hidden).flatten(0, 1).float(), batch.labels.flatten())
-    (loss + sum(out.aux_losses.values())).backward()
+    return loss + sum(out.aux_losses.values())
+
+
+def gradients(model: nn.Module, batch: Batch) -> dict[str, Tensor]:
+    """Of every parameter that got one, by name."""
+    loss_of(model, batch).backward()
     return {name: p.grad for name, p in model.named_parameters() if p.grad is not None}
 
 
@@ -174,6 +178,8 @@ def test_the_report_is_the_sum_of_the_parameters(pair):
     assert trainable > 0
     assert (pair.report["trainable"], pair.report["total"], sum(pair.report["modules"].values())) == (trainable, total, trainable)
     assert pair.report["modules"].keys() == {name for name, _ in adapter_layers(pair.fresh)}
+    assert sum(pair.report["types"].values()) == sum(pair.report["roles"].values()) == trainable and pair.report["in_full"] == 0
+    assert set(pair.report["roles"]) <= set(pair.base.roles().values()) and all(name.startswith("lora_") for name in pair.report["types"])
 
 
 def test_gradients_reach_all_of_the_adapter_and_nothing_else(pair):
@@ -265,6 +271,18 @@ def test_recomputing_activations_gives_the_same_gradients(pair):
     model.gradient_checkpointing = True
     recomputed = gradients(model, pair.batch())
     assert plain.keys() == adapter_state(model).keys() and same(plain, recomputed)
+
+
+def test_recomputing_two_forwards_of_other_tasks_in_one_backward(pair):
+    """Each block goes by the ids of its own forward: the gradients are the sum of those of two separate passes that recompute nothing."""
+    separate, model, one, other = pair.copy(), pair.copy(), pair.batch(), pair.batch()
+    other.task_ids = None if pair.ids is None else torch.cat([pair.ids[:1], pair.ids.flip(0)[1:]])[:, None].repeat(1, 12)  # by token
+    for batch in (one, other):
+        expected = gradients(separate, batch)  # .grad adds up
+    model.gradient_checkpointing = True
+    (loss_of(model, one) + loss_of(model, other)).backward()
+    found = {name: p.grad for name, p in model.named_parameters() if p.grad is not None}
+    assert found.keys() == expected.keys() and all(relative(found[name], expected[name]) < 1e-6 for name in found)
 
 
 def test_a_compiled_layer_is_the_layer(pair):

@@ -221,6 +221,11 @@ def test_report_equals_the_formula(changes, inside_rank):
         for name, (inside, outside, blocks) in sizes.items()
     }
     assert report["modules"] == expected and report["trainable"] == sum(expected.values())
+    inside = 2 * 4 * 4 * 3 if inside_rank is None else 2 * 7 * inside_rank  # seven blocks in a layer's four modules
+    by_type = {"lora_A": 2 * 2 * (8 + 8 + 8 + 16), "lora_B": 2 * 3 * 2 * (24 + 8 + 32 + 8), "lora_lambdas": inside, "lora_B_w": 2 * 4 * 9}
+    assert report["types"] == {name: size for name, size in by_type.items() if size}
+    roles = {"qkv_proj": "qkv", "o_proj": "o", "gate_up_proj": "gate_up", "down_proj": "down"}
+    assert report["roles"] == {role: 2 * expected[f"blocks.0.{name}"] for name, role in roles.items()}
 
 
 def test_count_of_the_paper_s_setting():

@@ -4,7 +4,7 @@ import pytest
 import torch
 from torch import nn
 
-from components.adapters.base import parameter_roles
+from components.adapters.base import breakdown, parameter_roles
 from components.adapters.none import NoAdapter
 from components.contracts import UserError
 from tests.components.adapters.helpers import Toy, lora
@@ -101,6 +101,9 @@ def test_report_equals_the_formula():
         "total": base + trainable,
         "percent": pytest.approx(100 * trainable / (base + trainable)),
         "modules": expected,
+        "types": {"lora_A": 3 * 2 * (8 + 8 + 8 + 16), "lora_B": 3 * 2 * (24 + 8 + 32 + 8)},
+        "roles": {"qkv": 2 * 3 * 32, "o": 2 * 3 * 16, "gate_up": 2 * 3 * 40, "down": 2 * 3 * 24},
+        "in_full": 0,
     }
     assert {name for name, p in model.named_parameters() if p.requires_grad} == {n for n, _ in model.named_parameters() if "lora_" in n}
 
@@ -110,5 +113,8 @@ def test_none_trains_everything():
     before = {name: p.clone() for name, p in model.named_parameters()}
     report = NoAdapter().apply(model)
     total = sum(p.numel() for p in model.parameters())
-    assert report == {"trainable": total, "total": total, "percent": 100.0, "modules": {}}
+    nothing: dict[str, int] = {}
+    whole = {"trainable": total, "total": total, "percent": 100.0}
+    assert report == {**whole, "modules": nothing, "types": nothing, "roles": nothing, "in_full": 0}
+    assert breakdown(model) == ""
     assert all(torch.equal(p, before[name]) and p.requires_grad for name, p in model.named_parameters())

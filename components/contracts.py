@@ -367,7 +367,8 @@ class Engine(Protocol):
     """An option of the group `engine`. Rows never influence each other.
 
     capabilities: what it can do, of n, seed, logprobs, alternatives, token_ids, score, regex, choice, prefix_cache, pieces, ignore_eos,
-    min_p, repetition_penalty. context_length: tokens of prompt and answer at most; None: no end.
+    min_p, repetition_penalty. context_length: tokens of prompt and answer at most; None: no end. An engine that works on many requests at
+    once and begins slowly may say so: `window`, how many it wants to be given.
     """
 
     capabilities: frozenset[str]
@@ -380,8 +381,11 @@ class Engine(Protocol):
         """One completion a prompt, in order. With one SamplingParams prompt i draws from (seed, i), with a sequence from (seed_i, 0)."""
         ...
 
-    def completions(self, prompts: Sequence[Prompt], params: Decoding) -> Iterator[tuple[int, Completion]]:
-        """As `generate`, but (index of the prompt, completion) as they are finished."""
+    def completions(self, prompts: Sequence[Prompt], params: Decoding, first: int = 0) -> Iterator[tuple[int, Completion]]:
+        """As `generate`, but (index of the prompt, completion) as they are finished.
+
+        first: number of the first prompt, in a part of a larger call; with one SamplingParams prompt i draws from (seed, first + i).
+        """
         ...
 
     def pieces(self, prompt: Prompt, params: SamplingParams) -> Iterator[str]:

@@ -192,13 +192,14 @@ def build_optimizer(config: DictConfig, model: nn.Module) -> torch.optim.Optimiz
 
 @dataclass
 class Run:
-    """A trained run, loaded: configuration, model with its weights (adapter applied), tokenizer, folder, optimizer step of the weights."""
+    """A trained run, loaded: configuration, model with its weights (adapter applied), tokenizer, folder, step and file of the weights."""
 
     cfg: DictConfig
     model: Any  # nn.Module and Model of the contract
     tokenizer: Tokenizer
     path: Path
     step: int
+    file: Path | None = None
 
 
 def run_folder(path: Path) -> Path:
@@ -259,4 +260,4 @@ def load_run(path: str | Path, changes: dict[str, Any] | None = None, cache_dir:
     build(config.adapter).apply(model)
     step = load_weights(model, file)
     model.eval()
-    return Run(config, model, tokenizer, folder, step)
+    return Run(config, model, tokenizer, folder, step, file)

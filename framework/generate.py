@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import dataclasses
 import json
 import sys
@@ -11,7 +12,7 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, TextIO, cast
+from typing import Any, Protocol, TextIO, cast
 
 import torch
 from omegaconf import DictConfig, OmegaConf
@@ -23,7 +24,7 @@ from components.contracts import Completion, Diagnostics, Engine, Prompt, Sampli
 from components.decoding.rounds import Method
 from components.decoding.sampling import check_params
 from framework.build import ConfigErrors, Run, build, build_data, load_run
-from framework.engines.building import build_engine, takes
+from framework.engines.building import takes
 from framework.inherit import resolve_checkpoint
 from framework.prompts import Renderer, Request, held_out_prompt, read_requests
 from framework.runtime import prepare_process
@@ -32,6 +33,16 @@ from framework.signatures import ALLOWED, describe, fits, locate
 ASKS = {"prompt": None, "prompts": None, "output": None, "n": 1}  # keys of some tasks, and what they are when nothing is asked
 KEYS: dict[str, Any] = {"max_new_tokens": int, "device": str, "adapter": dict[str, Any]}
 ADAPTER_KEYS: dict[str, Any] = {"task": str | int | None, "merge": bool}
+
+
+class Executor(Protocol):
+    """An option of the group `executor`. in_process: the engine is built round the model that this process holds."""
+
+    in_process: bool
+
+    def engine(self, config: DictConfig, run: Run | None, cache_dir: Path) -> Engine:
+        """The engine that a task works with. config: that of generate.py, of which `run` was opened. Raises what `build_engine` raises."""
+        ...
 
 
 @dataclass
@@ -76,38 +87,49 @@ def generate(config: DictConfig, out_dir: Path) -> dict[str, float]:
     task, cache_dir = build(config.task), Path(config.paths.cache_dir)
     if method is not None and not getattr(task, "asks_in_rounds", False):
         raise UserError("decode: this option asks several times for one answer, which this task does not; take decode=sample or greedy")
-    run = None if config.ckpt is None and takes(config.engine, config.allow_targets) == "tokenizer" else open_run(config, task)
-    engine = build_engine(config.engine, run, cache_dir, config.adapter.task)
+    executor, every_task = build(config.executor), getattr(task, "asks_every_task", False)
+    if not executor.in_process and (every_task or getattr(task, "endless", False)):
+        raise UserError("executor: this task works with a model in its own process; take executor=local")
+    place = config.device if executor.in_process else "cpu"
+    needless = config.ckpt is None and takes(config.engine, config.allow_targets) == "tokenizer"
+    run = None if needless else open_run(config, place, every_task)
+
+    def engine_of(of: DictConfig, source: Run | None) -> Engine:
+        engine: Engine = executor.engine(of, source, cache_dir)
+        opened.callback(engine.close)
+        return engine
 
     def another(path: str) -> Context:
+        own = copy.deepcopy(config)
+        own.ckpt, own.rope, own.adapter.merge = path, {"switch": None}, False  # as it was trained
         other = load_run(resolve_checkpoint(path, Path(config.paths.root), cache_dir))
         if tasks_to_say(other.model):
             choose_task(other, config.adapter.task, False)
-        cast(torch.nn.Module, other.model).to(device(config.device))
-        return dataclasses.replace(context, source=other, engine=build_engine(config.engine, other, cache_dir, config.adapter.task))
+        else:
+            own.adapter.task = None
+        cast(torch.nn.Module, other.model).to(device(place))
+        return dataclasses.replace(context, source=other, engine=engine_of(own, other))
 
     node = cast(dict[str, Any], OmegaConf.to_container(config.decode, resolve=True))
-    context = Context(run, engine, params, out_dir, cache_dir, another, config.adapter.task, method, node)
-    try:
+    with ExitStack() as opened:
+        context = Context(run, engine_of(config, run), params, out_dir, cache_dir, another, config.adapter.task, method, node)
         metrics = task.run(context)
-    finally:
-        engine.close()
     out_dir.mkdir(parents=True, exist_ok=True)
-    (out_dir / "metrics.json").write_text(json.dumps({**metrics, "seed": config.seed, "engine": engine.engine_id}, indent=2) + "\n")
+    (out_dir / "metrics.json").write_text(json.dumps({**metrics, "seed": config.seed, "engine": context.engine.engine_id}, indent=2) + "\n")
     return metrics
 
 
-def open_run(config: DictConfig, task: Any) -> Run:
-    """The run of `ckpt=` as the keys of generate.yaml want it, on its device."""
+def open_run(config: DictConfig, place: str, asks_every_task: bool = False) -> Run:
+    """The run of `ckpt=` as the keys of generate.yaml want it. place: a value of the key `device`."""
     path = resolve_checkpoint(config.ckpt, Path(config.paths.root), Path(config.paths.cache_dir))
     another_rule = "_target_" in config.rope
     run = load_run(path, {"rope": config.rope if another_rule else None})
     if not another_rule and config.rope.switch is not None:
         switch_rope(run.model, config.rope.switch)
-    choose_task(run, config.adapter.task, getattr(task, "asks_every_task", False))
+    choose_task(run, config.adapter.task, asks_every_task)
     if config.adapter.merge and not merge(cast(torch.nn.Module, run.model), config.adapter.task)["modules"]:
         raise UserError(f"adapter.merge: true, but {run.path} was trained without an adapter; drop the override")
-    cast(torch.nn.Module, run.model).to(device(config.device))
+    cast(torch.nn.Module, run.model).to(device(place))
     return run
 
 

@@ -197,6 +197,7 @@ def run_round_job(
     signals = stop_signals(grace_s)
     job = RoundJob(
         answers, Meter(total, len(answers)), signals, grace_s, max_attempts, calls=calls, queries=queries, method=method, render=render,
-        setting=setting, engine=engine, cost=cost, row_of=row, window=concurrency,
+        setting=setting, engine=engine, cost=cost, row_of=row,
+        window=getattr(engine, "window", concurrency),  # open queries
     )  # fmt: skip
     return carry_out(job, engine, concurrency, progress_s), job.reused

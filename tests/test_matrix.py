@@ -122,7 +122,18 @@ def test_option_of_several_processes(bench, cell):
     right(matrix.run_single(bench, cell, matrix.train_here), bench.rules)
 
 
-@pytest.mark.parametrize("cell", ids(single_cells("generate")))
+def starts_a_cluster(cell):
+    """A generation whose engine works in other processes; the rest of such options is tried without one."""
+    return cell.get("executor", "local") != "local"
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("cell", ids([c for c in single_cells("generate") if starts_a_cluster(c)]))
+def test_option_of_generation_on_a_cluster(bench, cell):
+    right(matrix.run_decoding(bench, cell, matrix.default_run(bench), generate.main), bench.rules)
+
+
+@pytest.mark.parametrize("cell", ids([c for c in single_cells("generate") if not starts_a_cluster(c)]))
 def test_option_of_generation_through_the_command(bench, cell):
     right(matrix.run_decoding(bench, cell, matrix.default_run(bench), generate.main), bench.rules)
 

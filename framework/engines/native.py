@@ -117,15 +117,15 @@ class NativeEngine:
         done = dict(self.completions(prompts, params))
         return [done[index] for index in range(len(prompts))]
 
-    def completions(self, prompts: Sequence[Prompt], params: Decoding) -> Iterator[tuple[int, Completion]]:
-        """As `generate`, but yields (index of the prompt, completion) as soon as each is finished."""
+    def completions(self, prompts: Sequence[Prompt], params: Decoding, first: int = 0) -> Iterator[tuple[int, Completion]]:
+        """As `generate`, but yields (index of the prompt, completion) as soon as each is finished. first: see the contract."""
         single = isinstance(params, SamplingParams)
         each = [params] * len(prompts) if isinstance(params, SamplingParams) else list(params)
         if len(each) != len(prompts):
             raise ValueError(f"{len(prompts)} prompts and {len(each)} sampling parameters; give one for all, or one each")
         rows = [
-            self._row(prompt, own, index if single else 0, f"prompt {index}")
-            for index, (prompt, own) in enumerate(zip(prompts, each, strict=True))
+            self._row(prompt, own, number if single else 0, f"prompt {number}")
+            for number, (prompt, own) in enumerate(zip(prompts, each, strict=True), start=first)
         ]
         index_of = {row: index for index, row in enumerate(rows)}
         for said in self._decode(rows):

@@ -81,10 +81,10 @@ class TransformersEngine:
         done = dict(self.completions(prompts, params))
         return [done[index] for index in range(len(prompts))]
 
-    def completions(self, prompts: Sequence[Prompt], params: Decoding) -> Iterator[tuple[int, Completion]]:
+    def completions(self, prompts: Sequence[Prompt], params: Decoding, first: int = 0) -> Iterator[tuple[int, Completion]]:
         """See the contract. Raises UserError for a prompt that is no ids, or parameters that this engine does not have."""
         if isinstance(params, SamplingParams):
-            rows = [(index, self._ids(prompt), params, index) for index, prompt in enumerate(prompts)]
+            rows = [(index, self._ids(prompt), params, first + index) for index, prompt in enumerate(prompts)]
         else:
             rows = [(index, self._ids(prompt), one, 0) for index, (prompt, one) in enumerate(zip(prompts, params, strict=True))]
         for _, _, one, _ in rows:

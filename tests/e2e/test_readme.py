@@ -38,6 +38,6 @@ def test_python_example_runs():
 def test_every_option_is_in_the_readme():
     from framework.overrides import group_options
 
-    for group in ("model", "rope", "optimizer", "adapter", "schedule", "data", "decode"):
+    for group in ("model", "rope", "optimizer", "adapter", "schedule", "data", "decode", "executor"):
         for option in group_options(group):
             assert re.search(rf"\b{option}\b", README), f"{group}={option} is not in the README"

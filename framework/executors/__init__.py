@@ -1,0 +1,1 @@
+"""The group `executor`: where the engine of a generation works."""

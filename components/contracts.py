@@ -367,8 +367,8 @@ class Engine(Protocol):
     """An option of the group `engine`. Rows never influence each other.
 
     capabilities: what it can do, of n, seed, logprobs, alternatives, token_ids, score, regex, choice, prefix_cache, pieces, ignore_eos,
-    min_p, repetition_penalty. context_length: tokens of prompt and answer at most; None: no end. An engine that works on many requests at
-    once and begins slowly may say so: `window`, how many it wants to be given.
+    min_p, repetition_penalty; of servers also ids, texts, stop_ids, logit_bias. context_length: tokens of prompt and answer at most; None:
+    no end. An engine that works on many requests at once and begins slowly may say so: `window`, how many it wants to be given.
     """
 
     capabilities: frozenset[str]

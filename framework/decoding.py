@@ -13,13 +13,49 @@ from dataclasses import dataclass, field, replace
 from typing import Any
 
 from components.contracts import Completion, Engine, Prompt, Request, Result, SamplingParams, Usage
-from components.decoding.rounds import Answer, Ask, Method, Query, Rounds, Said, Setting, Traced, copied, with_others
+from components.decoding.rounds import FAILED, Answer, Ask, Method, Query, Rounds, Said, Setting, Traced, copied, seed_of, with_others
 from framework.engines.requests import RequestEngine, failed, row_seed
 
 # Of the notes.
 COUNTED = ("n_distinct", "unparsed", "unscored", "tied", "enough", "empty", "cut_off", "failed", "redrawn", "dropped_tokens")
 Render = Callable[[Said], Prompt]
 Cost = Callable[[int], float]  # FLOPs of a token in a row of so many
+
+
+class OneCall:
+    """A decoding of one call as one of rounds: its answer is the first sample that methods of several calls draw.
+
+    params(max_new_tokens, seed): how it is drawn.
+    """
+
+    def __init__(self, params: Callable[[int, int], SamplingParams]) -> None:
+        self.params = params
+
+    def answer(self, query: Query, setting: Setting) -> Rounds:
+        params = self.params(setting.max_new_tokens, seed_of(setting.seed, query.id, "sample", 0))
+        (said,) = yield [Ask("sample", query.said, params)]
+        return Answer(said, [said], 0, {})
+
+
+class Stopped:
+    """A decoding whose every call ends before the first of `stop` too, but for calls with a constraint, which says when they end."""
+
+    def __init__(self, method: Method, stop: Sequence[str]) -> None:
+        self.method, self.stop = method, tuple(stop)
+
+    def answer(self, query: Query, setting: Setting) -> Rounds:
+        rounds = self.method.answer(query, setting)
+        asks = next(rounds)
+        while True:
+            found = yield [ask if ask.params.constraint is not None else self._ending(ask) for ask in asks]
+            try:
+                asks = rounds.send(found)
+            except StopIteration as end:
+                answer: Answer = end.value
+                return answer
+
+    def _ending(self, ask: Ask) -> Ask:
+        return replace(ask, params=replace(ask.params, stop=tuple(dict.fromkeys((*ask.params.stop, *self.stop)))))
 
 
 @dataclass
@@ -43,6 +79,7 @@ class Call:
             "round": self.round, "role": self.ask.role, "said": None if self.ask.said == query.said else self.ask.said,
             "seed": params.seed, "temperature": params.temperature, "prompt_tokens": self.prompt_tokens, "shared": self.shared,
             "text": completion.text, "tokens": self.tokens, "finish_reason": completion.finish_reason,
+            **({"error": completion.stop_reason} if completion.finish_reason in FAILED else {}),
         }  # fmt: skip
 
 

@@ -45,6 +45,7 @@ def read(folder: Path, measure: str | None) -> tuple[str, Way]:
     """The measure and the evaluation in a folder. Raises UserError for one without results, of a scripted engine, without the measure."""
     try:
         lines = [json.loads(line) for line in (folder / "results.jsonl").read_text(encoding="utf-8").splitlines()]
+        lines = [line for line in lines if "error" not in line]  # without an answer, task.missing=skip
         metrics: dict[str, Any] = json.loads((folder / "metrics.json").read_text(encoding="utf-8"))
     except (OSError, ValueError) as error:
         raise UserError(f"{folder}: no finished task=evaluate in it (results.jsonl, metrics.json): {error}") from error

@@ -20,10 +20,11 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
 from components.adapters.base import merge, task_ids, tasks_to_say
-from components.contracts import Completion, Diagnostics, Engine, Prompt, SamplingParams, UserError
-from components.decoding.rounds import Method
+from components.contracts import Completion, Decoding, Diagnostics, Engine, Prompt, SamplingParams, UserError
+from components.decoding.rounds import Method, seed_of
 from components.decoding.sampling import check_params
 from framework.build import ConfigErrors, Run, build, build_data, load_run
+from framework.decoding import query_ids
 from framework.engines.building import takes
 from framework.inherit import resolve_checkpoint
 from framework.prompts import Renderer, Request, held_out_prompt, read_requests
@@ -252,6 +253,9 @@ class Answer:
         """Answers in the order of the requests, each written as soon as those before it are."""
         render = renderer(context)
         prompts = [render(request.given, where=request.where) for request in requests for _ in range(self.n)]
+        names = query_ids([request.given for request in requests])  # so the first sample is that of decodings in several calls
+        seeds = [seed_of(context.params.seed, name, "sample", sample) for name in names for sample in range(self.n)]
+        params = [dataclasses.replace(context.params, seed=seed) for seed in seeds]
         path = Path(self.output) if self.output is not None else context.out_dir / "generations.jsonl"
         tokens, started = 0, time.perf_counter()
         notes, errors = Console(stderr=True, highlight=False, soft_wrap=True), list[str]()
@@ -259,7 +263,7 @@ class Answer:
             job = bar.add_task("answers", total=len(prompts), rate="")
             waiting: dict[int, str] = {}
             written = 0
-            for index, completion in completions(context.engine, prompts, context.params):
+            for index, completion in completions(context.engine, prompts, params):
                 tokens += len(completion.token_ids)
                 errors += [str(completion.stop_reason)] if completion.finish_reason == "error" else []
                 seconds = time.perf_counter() - started
@@ -312,7 +316,7 @@ def default_prompt(context: Context, render: Callable[..., Prompt]) -> tuple[Pro
         return [run.tokenizer.eot_id], f"nothing but a document start, since the run's data cannot be read ({error})"
 
 
-def completions(engine: Engine, prompts: Sequence[Prompt], params: SamplingParams) -> Iterator[tuple[int, Completion]]:
+def completions(engine: Engine, prompts: Sequence[Prompt], params: Decoding) -> Iterator[tuple[int, Completion]]:
     """(index, completion) as they are finished where the engine can say so, else all at the end."""
     if hasattr(engine, "completions"):
         yield from engine.completions(prompts, params)

@@ -12,7 +12,7 @@ from typing import Any
 
 from rich.console import Console
 
-from components.contracts import Completion, Prompt, UserError
+from components.contracts import Completion, Prompt, SamplingParams, UserError
 from components.decoding.rounds import Said, Traced
 from components.evals.base import Row
 from framework import decoding
@@ -20,26 +20,31 @@ from framework.generate import Answer, Context, Request, measures, new_file, pro
 from framework.statistics import k_correct
 
 
-def asked(context: Context, said: Sequence[Said], render: Callable[..., Prompt], max_new_tokens: int) -> Iterator[tuple[int, Traced]]:
-    """The context's method on texts or conversations: (index, answer with its record) as they are finished."""
-    assert context.method is not None
+def asked(
+    context: Context, said: Sequence[Said], render: Callable[..., Prompt], max_new_tokens: int, stop: Sequence[str] = ()
+) -> Iterator[tuple[int, Traced]]:
+    """The context's decoding of texts or conversations: (index, answer with its record) as they are finished.
+
+    A decoding of one call is made one of rounds, so that it draws the first sample of all others. stop: every call ends before these too.
+    """
     params = dataclasses.replace(context.params, max_new_tokens=max_new_tokens)
+
+    def drawn(tokens: int, seed: int) -> SamplingParams:
+        return dataclasses.replace(params, max_new_tokens=tokens, seed=seed)
+
+    method = context.method or decoding.OneCall(drawn)
+    if stop:
+        method = decoding.Stopped(method, stop)
     tokenizer, cost = (None, None) if (run := context.source) is None else (run.tokenizer, run.model.forward_flops)
     setting = decoding.setting_of(context.engine, tokenizer, render, params)
-    return decoding.traced(context.method, said, context.engine, render, setting, cost)
+    return decoding.traced(method, said, context.engine, render, setting, cost)
 
 
-def counted(
-    context: Context, prompts: Sequence[Sequence[int]], found: Iterable[tuple[int, Completion]]
-) -> Iterator[tuple[int, Completion]]:
-    """The same answers of one call each, whose cost is added to `context.spent` under the keys of `decoding.usage_of`."""
-    for index, completion in found:
-        read, written = len(prompts[index]), len(completion.token_ids)
-        cost = round((read + written) * context.run.model.forward_flops(read + written))
-        context.spent.update(
-            calls=1, rounds=1, prompt_tokens=read, completion_tokens=written, processed_tokens=read + written, flops=cost
-        )  # fmt: skip
-        yield index, completion
+def counted(context: Context, found: Iterable[tuple[int, Traced]]) -> Iterator[tuple[int, Completion]]:
+    """The completions of answers of one call each, whose cost (see `decoding.usage_of`) is added to `context.spent`."""
+    for index, answer in found:
+        context.spent.update(answer.trace["usage"])
+        yield index, answer.candidates[0]
 
 
 def answer_in_rounds(task: Answer, context: Context) -> dict[str, float]:
@@ -88,9 +93,10 @@ def figures_of(name: str, rows: Sequence[Row], console: Console) -> dict[str, fl
     keys = [key for key in ("calls", "completion_tokens", "processed_tokens", "flops") if f"decode/{key}" in figures]
     each = [f"{figures[f'decode/{key}'] / len(traced):,.4g} {key.replace('_', ' ')}" for key in keys]
     console.print(f"an answer took {', '.join(each)}", markup=False)
-    for measure in traced[0].values:
-        judged = [[one[measure] for one in row.record["candidates"]] for row in traced]
-        final = [row.values[measure] for row in traced]
+    answered = [row for row in traced if row.error is None]
+    for measure in answered[0].values if answered else ():
+        judged = [[one[measure] for one in row.record["candidates"]] for row in answered]
+        final = [row.values[measure] for row in answered]
         if all(judged) and len({len(some) for some in judged}) == 1 and {*final, *(v for some in judged for v in some)} <= {0.0, 1.0}:
             found, words = by_candidates(f"{name}/{measure}", judged, final)
             figures |= found

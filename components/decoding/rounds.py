@@ -19,6 +19,7 @@ from components.contracts import Completion, Message, SamplingParams, UserError
 from components.data.errors import at_least
 
 Said = str | list[Message]  # a text, or a conversation
+FAILED = ("error", "abort")  # finish reasons of what is no answer
 
 
 @dataclass(frozen=True)
@@ -152,7 +153,7 @@ def described(candidates: Sequence[Completion]) -> dict[str, Any]:
         "n_distinct": len({one.text for one in candidates}),
         "empty": [i for i, one in enumerate(candidates) if not one.text.strip()],
         "cut_off": [i for i, one in enumerate(candidates) if one.finish_reason == "length"],
-        "failed": [i for i, one in enumerate(candidates) if one.finish_reason in ("error", "abort")],
+        "failed": [i for i, one in enumerate(candidates) if one.finish_reason in FAILED],
     }
 
 

@@ -33,6 +33,7 @@ class Code(Questions):
     """
 
     name = "code"
+    needs_run = False
 
     def __init__(
         self, path: str | None, execute: bool, samples: int, ks: list[int], template: str | None, stop: list[str], items: int | None,
@@ -42,12 +43,12 @@ class Code(Questions):
             raise UserError(
                 "eval.execute: false; eval=code runs what the model writes, in a sandboxed process; eval.execute=true allows it"
             )
-        self.samples, self.stop = at_least("eval.samples", samples, 1), tuple(stop)
+        self.samples, self.ends = at_least("eval.samples", samples, 1), tuple(stop)  # not for all calls: they stand in whole functions
         if not ks or any(not 1 <= k <= samples for k in ks):
             raise UserError(f"eval.ks: {ks}; must be numbers from 1 to eval.samples={samples}")
         if template is not None and template.count("{prompt}") != 1:
             raise UserError(f"eval.template: {template!r}; it needs {{prompt}} once")
-        if not all(self.stop):
+        if not all(self.ends):
             raise UserError("eval.stop: holds an empty text, which stands everywhere; drop it")
         if not timeout_seconds > 0:
             raise UserError(f"eval.timeout_seconds: {timeout_seconds}; must be above 0")
@@ -66,21 +67,22 @@ class Code(Questions):
         template = self.template or (REQUEST if exam.instructed else "{prompt}")
         found = []
         for name, fields in self.problems.items():
-            ids = exam.render(template.replace("{prompt}", fields["prompt"]))
-            found += [Item(self.name, tuple(ids), name, (fields["entry_point"],), self.max_new_tokens)] * self.samples
+            asked = exam.render(template.replace("{prompt}", fields["prompt"]))
+            prompt = asked if isinstance(asked, str) else tuple(asked)
+            found += [Item(self.name, prompt, name, (fields["entry_point"],), self.max_new_tokens)] * self.samples
         exam.check_length("eval.max_new_tokens", max(item.tokens for item in found))
         return found
 
     def judge(self, name: str, text: str) -> Outcome:
         """Run an answer to the problem with its tests."""
         fields = self.problems[name]
-        whole = f"{program(fields['prompt'], text, fields['entry_point'], self.stop)}\n{fields['test']}\ncheck({fields['entry_point']})\n"
+        whole = f"{program(fields['prompt'], text, fields['entry_point'], self.ends)}\n{fields['test']}\ncheck({fields['entry_point']})\n"
         return run_python(whole, self.timeout_seconds, self.memory_mb)
 
     def _row(self, item: Item, completion: Completion, losses: list[float]) -> Row:
         found = self.judge(item.asked, completion.text)
         record = {
-            "prompt_tokens": len(item.prompt), "problem": item.asked, "got": completion.text, "status": found.status,
+            "prompt_tokens": item.prompt_tokens, "problem": item.asked, "got": completion.text, "status": found.status,
             "detail": found.detail, "isolation": found.isolation, "program_seconds": round(found.seconds, 3),
             "finish_reason": completion.finish_reason,
         }  # fmt: skip
@@ -94,12 +96,15 @@ class Code(Questions):
         figures: dict[str, float] = {status: float(count) for status, count in counts.items()}
         shares = []
         for k in self.ks:
-            found = [pass_at_k(len(some), round(math.fsum(row.values["score"] for row in some)), k) for some in by_problem.values()]
+            whole = [[row.values["score"] for row in some] for some in by_problem.values() if len(some) >= k]  # others lack answers
+            if not whole:
+                continue
+            found = [pass_at_k(len(some), round(math.fsum(some)), k) for some in whole]
             figures[f"pass@{k}"], figures[f"pass@{k}_se"] = math.fsum(found) / len(found), standard_error(found)
             error = f" (standard error {100 * figures[f'pass@{k}_se']:.1f})" if len(found) > 1 else ""
             shares.append(f"pass@{k} {100 * figures[f'pass@{k}']:.1f} %{error}")
         lines = [
-            f"{', '.join(shares)} over {len(by_problem)} problem(s), {self.samples} program(s) each",
+            f"{', '.join(shares) or 'no pass@k'} over {len(by_problem)} problem(s), {self.samples} program(s) each",
             f"programs: {', '.join(f'{count} {status}' for status, count in counts.items())}",
             f"sandbox: {'; '.join(dict.fromkeys(row.record['isolation'] for row in rows))}",
         ]

@@ -39,6 +39,7 @@ class Gsm8k(Questions):
     """
 
     name = "gsm8k"
+    needs_run = False
 
     def __init__(
         self, path: str | None, answers: str, mark: str, shots: str | None, n_shot: int | None, template: str | None, stop: list[str],
@@ -81,12 +82,13 @@ class Gsm8k(Questions):
             if (right := self.strict(problem.fields["answer"])) is None:
                 form = "\\boxed{...}" if self.boxed else f"{self.mark!r} before a number"
                 raise UserError(f"eval: {problem.where}: its answer has no {form}; see eval.answers and eval.mark")
-            ids = exam.render(self.prompt(problem, exam.instructed))
-            found.append(Item(self.name, tuple(ids), problem.fields["question"], (right,), self.max_new_tokens))
+            asked = exam.render(self.prompt(problem, exam.instructed))
+            prompt = asked if isinstance(asked, str) else tuple(asked)
+            found.append(Item(self.name, prompt, problem.fields["question"], (right,), self.max_new_tokens))
         longest = max(item.tokens for item in found)
         exam.check_length("eval.max_new_tokens", longest)
-        if (asked := max(len(item.prompt) for item in found)) > exam.trained_length:
-            note(f"questions have up to {asked:,} tokens, but the run was trained at {exam.trained_length:,}: it may not follow them")
+        if (most := max(item.prompt_tokens or 0 for item in found)) > exam.trained_length:
+            note(f"questions have up to {most:,} tokens, but the run was trained at {exam.trained_length:,}: it may not follow them")
         return found
 
     def prompt(self, problem: Problem, instructed: bool) -> str:
@@ -102,7 +104,7 @@ class Gsm8k(Questions):
         read = {"strict": self.strict(text), "flexible": self.flexible(text)}
         values = {f"{how}_score": float(answer is not None and self.same(answer, right)) for how, answer in read.items()}
         record = {
-            "prompt_tokens": len(item.prompt), "asked": item.asked, "expected": right, "got": text, **read,
+            "prompt_tokens": item.prompt_tokens, "asked": item.asked, "expected": right, "got": text, **read,
             "finish_reason": completion.finish_reason if text == completion.text else "stop",
         }  # fmt: skip
         return Row(item.task, item.length, item.depth, values, record)

@@ -26,6 +26,7 @@ class PositionLoss:
     """
 
     name = "position_loss"
+    needs_run = True
 
     def __init__(self, length: int | None, rows: int, buckets: int) -> None:
         self.length, self.count, self.buckets = length, at_least("eval.rows", rows, 1), at_least("eval.buckets", buckets, 1)
@@ -57,6 +58,7 @@ class Retention:
     """
 
     name = "retention"
+    needs_run = True
 
     def __init__(self, base: str | None, length: int | None, rows: int) -> None:
         self.base, self.length, self.count = base, length, at_least("eval.rows", rows, 2)

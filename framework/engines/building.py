@@ -17,6 +17,10 @@ from framework.signatures import ALLOWED, locate
 if TYPE_CHECKING:
     from collections.abc import Iterable
 
+DECIDING = frozenset(
+    {"ids", "logit_bias", "logprobs", "seed", "stop_ids", "texts", "token_ids"}
+)  # abilities that answers, or rows, depend on
+
 
 def takes(config: DictConfig, allowed: Iterable[str] = ()) -> str:
     """What the engine is built from: `model`, the live module; `export`, the run's export; `tokenizer`, that of a run or None."""
@@ -62,9 +66,12 @@ def exported(run: Run, reader: str, cache_dir: Path, task: str | int | None) -> 
 
 
 def identity(engine: Engine, run: Run | None) -> dict[str, Any]:
-    """What decides an engine's answers, besides the prompts and how they are decoded: as JSON."""
+    """What of an engine and a run decides the answers: kind, model and number format of the engine, not its address, so that a model may
+    move; what it can do, where answers depend on that; the run's weights, and how its data make prompts.
+    """
     dtype = str(getattr(engine, "dtype", getattr(engine, "arguments", {}).get("dtype")))
-    found: dict[str, Any] = {"engine": [engine.engine_id, engine.model_id, dtype]}
+    kind = engine.engine_id.partition(":")[0]
+    found: dict[str, Any] = {"engine": [kind, engine.model_id, dtype], "able": sorted(DECIDING & engine.capabilities)}
     if run is not None:
         data = OmegaConf.to_container(run.cfg.data, resolve=True)
         template = {key: data[key] for key in ("_target_", "template") if isinstance(data, dict) and key in data}

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import sys
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
@@ -15,12 +16,13 @@ from torch import Tensor
 
 from components.contracts import Completion, Prompt, Request, Result, SamplingParams, Tokenizer, Usage, UserError
 from framework.engines.probe import probe
-from framework.engines.requests import Breaker, EngineError, RequestEngine, Retry, row_seed
+from framework.engines.requests import Breaker, EngineError, RequestEngine, Retry, row_seed, seconds_to_wait
 
 RETRYABLE = (408, 409, 429)  # and everything from 500 on
 NOT_STREAMED = ("logprobs", "top_logprobs", "return_token_ids", "return_tokens_as_token_ids")  # nobody reads them there
 NEVER = -100  # the smallest bias of a logit
 NEEDS = {"top_k": "top_k", "min_p": "min_p", "logprobs": "alternatives"}  # key of the parameters -> capability, where it is not None
+UNSEEDED = "ignores seeds: what it draws is another each time, and methods share no samples"
 
 
 class OpenAIEngine(RequestEngine):
@@ -28,7 +30,7 @@ class OpenAIEngine(RequestEngine):
 
     Token ids go to /completions, a text too, a conversation to /chat/completions. Seeds, several answers to one request, log-probabilities
     and whatever else is tried out with a few tokens before anything is asked; a request that needs what the server cannot do is refused.
-    Several answers that a server does not give at once are asked for one by one.
+    Several answers that a server does not give at once are asked for one by one; of one that ignores seeds a line is said.
 
     Args:
         tokenizer: of the run whose export the server reads; None: only texts and conversations can be asked, and its stop ids are the
@@ -59,8 +61,9 @@ class OpenAIEngine(RequestEngine):
             "limits": httpx.Limits(max_connections=None, max_keepalive_connections=concurrency),
         }
         self._client: httpx.AsyncClient | None = None
+        self._told = False
         with httpx.Client(**self._options) as client:
-            found = probe(client, self.base_url, name, tokenizer)
+            found = probe(client, self.base_url, name, tokenizer, retry)
         self.model_id, self.context_length, self.capabilities = found.name, found.context_length, found.capabilities
         self.engine_id = f"openai:{self.base_url}"
         self.tokenizer_id = "" if tokenizer is None else str(getattr(tokenizer, "fingerprint", ""))
@@ -78,6 +81,7 @@ class OpenAIEngine(RequestEngine):
     async def ask(self, request: Request) -> Result:
         """See the base. An answer with fewer completions than were asked for is completed one by one."""
         self._refuse(request)
+        self._mention_seeds(request.params)
         found, usage = await self._post(request, request.n if "n" in self.capabilities else 1, request.params.seed)
         shared = max(0, len(found) - 1)  # a server counts a prompt once; by the contract it counts for each answer, and was read once
         usage = Usage(usage.prompt * (1 + shared), usage.completion, usage.cached + usage.prompt * shared)
@@ -95,6 +99,8 @@ class OpenAIEngine(RequestEngine):
             missing.append("decode.repetition_penalty")
         if params.ignore_eos and "ignore_eos" not in self.capabilities:
             missing.append("ignore_eos")
+        if params.stop_ids and "stop_ids" not in self.capabilities:
+            missing.append("decode.stop_ids")
         if params.constraint is not None:
             kind = "choice" if params.constraint.choice is not None else "regex"
             missing += [f"decode.{kind}"] if kind not in self.capabilities else []
@@ -105,6 +111,12 @@ class OpenAIEngine(RequestEngine):
             if needed > self.context_length:
                 message = f"{len(request.prompt)} tokens and {params.max_new_tokens} new ones; the server takes {self.context_length}"
                 raise EngineError("too_long", message, retryable=False)
+
+    def _mention_seeds(self, params: SamplingParams) -> None:
+        """Say once that seeds have no effect, where they should have one."""
+        if params.temperature > 0 and "seed" not in self.capabilities and not self._told:
+            self._told = True
+            print(f"{self.base_url} {UNSEEDED}", file=sys.stderr, flush=True)
 
     def body(self, prompt: Prompt, params: SamplingParams, n: int, seed: int) -> tuple[str, dict[str, Any]]:
         """Path and JSON of a request; only fields that the server is known to take."""
@@ -118,15 +130,15 @@ class OpenAIEngine(RequestEngine):
         fields |= {"repetition_penalty": params.repetition_penalty} if params.repetition_penalty != 1.0 else {}
         fields |= {"min_tokens": params.min_new_tokens} if params.min_new_tokens else {}
         fields |= {"ignore_eos": True} if params.ignore_eos else {}
-        stops = [*params.stop_ids, *(self.tokenizer.stop_ids if self.tokenizer is not None else ())]
-        fields |= {"stop_token_ids": stops} if stops and "stop_ids" in able and not params.ignore_eos else {}
+        stops = [*params.stop_ids, *(self.tokenizer.stop_ids if self.tokenizer is not None and not params.ignore_eos else ())]
+        fields |= {"stop_token_ids": stops} if stops and "stop_ids" in able else {}
         unsaid = self.tokenizer.unsaid_ids if self.tokenizer is not None and "logit_bias" in able else ()
         fields |= {"logit_bias": {str(i): NEVER for i in unsaid}} if unsaid else {}
         fields |= {"return_token_ids": True} if "token_ids" in able else {}
         if params.constraint is not None:
             choice, regex = params.constraint.choice, params.constraint.regex
             fields["structured_outputs"] = {"choice": list(choice)} if choice is not None else {"regex": regex}
-        talk = isinstance(prompt, list) and (not prompt or isinstance(prompt[0], dict))
+        talk = is_talk(prompt)
         if "logprobs" in able:
             k = params.logprobs or 0
             fields |= {"logprobs": True, "top_logprobs": k} if talk else {"logprobs": k}
@@ -151,15 +163,22 @@ class OpenAIEngine(RequestEngine):
         check_status(answer, self.base_url)
         try:
             content = answer.json()
-            found = [cut(completion(choice), request.params.stop) for choice in content["choices"]]
-            return found, usage(content.get("usage") or {})
+            found = [completion(choice) for choice in content["choices"]]
+            spent = usage(content.get("usage") or {})
         except (ValueError, KeyError, TypeError, AttributeError) as error:
             raise EngineError("bad_answer", f"{self.base_url} answered {answer.text[:200]!r}", retryable=True) from error
+        if not found:
+            raise EngineError("bad_answer", f"{self.base_url} answered with no completion", retryable=True)
+        tried = not is_talk(request.prompt) or request.params.logprobs is not None  # what is asked of conversations was not tried on them
+        if tried and "logprobs" in self.capabilities and any(one.text and not one.logprobs for one in found):
+            raise EngineError("bad_answer", f"{self.base_url} left out the log-probabilities that it gave before", retryable=True)
+        return [cut(one, request.params.stop) for one in found], spent
 
     def pieces(self, prompt: Prompt, params: SamplingParams) -> Iterator[str]:
         """See the contract. Raises UserError when the server fails."""
         with self._waiting() as client:
             self._refuse(Request("", prompt, params))
+            self._mention_seeds(params)
             path, fields = self.body(prompt, params, 1, row_seed(params.seed, 0))
             fields = {key: value for key, value in fields.items() if key not in NOT_STREAMED}
             with client.stream("POST", path, json=fields | {"stream": True}) as answer:
@@ -209,9 +228,13 @@ def check_status(answer: httpx.Response, where: str) -> None:
         said = said.get("message") or (said.get("error") or {}).get("message") or said.get("detail") or said
     except (ValueError, AttributeError):
         said = answer.text
-    after = answer.headers.get("retry-after", "")
-    wait = float(after) if after.replace(".", "", 1).isdigit() else None
+    wait = seconds_to_wait(answer.headers.get("retry-after", ""))
     raise EngineError(f"http_{code}", f"{where} answered {code}: {str(said)[:300]}", code in RETRYABLE or code >= 500, wait)
+
+
+def is_talk(prompt: Prompt) -> bool:
+    """Whether it is a conversation."""
+    return isinstance(prompt, list) and (not prompt or isinstance(prompt[0], dict))
 
 
 def completion(choice: dict[str, Any]) -> Completion:
@@ -222,10 +245,10 @@ def completion(choice: dict[str, Any]) -> Completion:
     steps = found.get("content")  # of a conversation: [{logprob, top_logprobs: [{token, logprob}]}]
     logprobs = found.get("token_logprobs") if steps is None else [step["logprob"] for step in steps]
     tops = found.get("top_logprobs") if steps is None else [{t["token"]: t["logprob"] for t in s["top_logprobs"]} for s in steps]
-    reason = choice.get("finish_reason")
+    reason, why = choice.get("finish_reason"), choice.get("stop_reason")
     return Completion(
         list(choice.get("token_ids") or []), text or "", [float(p) for p in logprobs or []],
-        reason if reason in ("stop", "length") else "abort", choice.get("stop_reason"),
+        reason if reason in ("stop", "length") else "abort", why if why is not None or reason in ("stop", "length") else reason,
         [by_id(top) for top in tops] if tops and all(by_id(top) for top in tops) else None,
     )  # fmt: skip
 

@@ -1,15 +1,26 @@
-"""What a server can do, tried out with a few tokens each: several accept a field and ignore it."""
+"""What a server can do, tried out with a few tokens each: several accept a field and ignore it.
+
+A server that is busy says nothing about what it can do, so it is asked again, as for any other request; only what it refuses, or
+fails at every time, is what it cannot do.
+"""
 
 from __future__ import annotations
 
 import difflib
+import sys
+import time
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
 import httpx
 
 from components.contracts import Tokenizer, UserError
+from framework.engines.requests import EngineError, Retry, seconds_to_wait
 
+BUSY = (408, 409, 429, 502, 503, 504)  # the server's state, not its abilities
+ODD = 2  # times that something is asked which fails in another way: once may be chance
+SAID_SECONDS = 2  # of waiting, from which on it is said
 TRIED_TOKENS = 8
 WORD = "4711"  # no model says it by chance
 
@@ -23,20 +34,20 @@ class Found:
     capabilities: frozenset[str]
 
 
-def probe(client: httpx.Client, where: str, name: str | None, tokenizer: Tokenizer | None) -> Found:
-    """Ask the server for its models, and try what it can do. client: with the base URL.
+def probe(client: httpx.Client, where: str, name: str | None, tokenizer: Tokenizer | None, retry: Retry) -> Found:
+    """Ask the server for its models, and try what it can do. client: with the base URL. retry: while it is busy.
 
     Raises:
-        UserError: it does not answer, has no such model, or completes nothing.
+        UserError: it does not answer, has no such model, completes nothing, or is busy to the last attempt.
     """
-    name, context_length = choose_model(client, where, name)
-    tried = Tried(client, name)
+    name, context_length = choose_model(client, where, name, retry)
+    tried = Tried(client, where, name, retry)
     plain = tried.ask()
     if plain is None and tried.ask(path="chat/completions") is None:
         raise UserError(f"engine.base_url: {where} completes nothing with the model {name!r}; it answered {tried.last}")
     if plain is None:
         return Found(name, context_length, frozenset({"pieces", "n"} if tried.count(path="chat/completions") == 2 else {"pieces"}))
-    able = {"pieces"}
+    able = {"pieces", "texts"}
     ids = [tokenizer.eot_id] if tokenizer is not None else [1]
     able |= {"ids"} if tried.ask(prompt=ids) else set()
     able |= {"n"} if tried.count() == 2 else set()
@@ -61,10 +72,12 @@ def probe(client: httpx.Client, where: str, name: str | None, tokenizer: Tokeniz
     return Found(name, context_length, frozenset(able))
 
 
-def choose_model(client: httpx.Client, where: str, name: str | None) -> tuple[str, int | None]:
+def choose_model(client: httpx.Client, where: str, name: str | None, retry: Retry) -> tuple[str, int | None]:
     """Name and context length of the model. Raises UserError."""
     try:
         answer = client.get("models")
+        if answer.status_code in BUSY:
+            answer = patient(lambda: client.get("models"), where, retry)
         models = answer.json()["data"] if answer.status_code == 200 else []
     except httpx.TransportError as error:
         raise UserError(f"engine.base_url: {where} does not answer ({error or type(error).__name__}); is the server up?") from error
@@ -82,23 +95,53 @@ def choose_model(client: httpx.Client, where: str, name: str | None) -> tuple[st
     return name, offered.get(name)
 
 
-class Tried:
-    """Small requests to one model; what fails is None, whatever the reason."""
+def patient(send: Callable[[], httpx.Response], where: str, retry: Retry) -> httpx.Response:
+    """The first response of a server that is not busy, asked as often and with such pauses as `retry` says.
 
-    def __init__(self, client: httpx.Client, name: str) -> None:
-        self._client, self._name, self.last = client, name, "nothing"
+    Raises: UserError where it is busy or gone to the last attempt, or lets the time of a request pass; httpx.HTTPError for the rest.
+    """
+    for attempt in range(retry.max_attempts):
+        after = None
+        try:
+            answer = send()
+            if answer.status_code not in BUSY:
+                return answer
+            said, after = f"answered {answer.status_code}", seconds_to_wait(answer.headers.get("retry-after", ""))
+        except httpx.ConnectError as error:
+            said = f"does not answer any more ({error or type(error).__name__})"
+        except httpx.TimeoutException as error:
+            raise UserError(f"engine.request_timeout_s: {where} did not say a few tokens in that time") from error
+        if attempt + 1 < retry.max_attempts:
+            seconds = retry.wait(attempt, EngineError("busy", said, True, after))
+            if seconds >= SAID_SECONDS:
+                print(f"{where} {said}; it is asked again in {seconds:.0f} s", file=sys.stderr, flush=True)
+            time.sleep(seconds)
+    raise UserError(f"engine.base_url: {where} {said}, {retry.max_attempts} time(s); what it can do was not found out; start again later")
+
+
+class Tried:
+    """Small requests to one model; what it refuses is None, whatever the reason. Raises UserError while it cannot be known."""
+
+    def __init__(self, client: httpx.Client, where: str, name: str, retry: Retry) -> None:
+        self._client, self._where, self._name, self._retry, self.last = client, where, name, retry, "nothing"
 
     def ask(self, path: str = "completions", **fields: Any) -> dict[str, Any] | None:
         """The answer to a request with these fields besides the plain ones."""
         asked = {"prompt": "1"} if path == "completions" else {"messages": [{"role": "user", "content": "1"}]}
-        try:
-            answer = self._client.post(path, json={"model": self._name, "max_tokens": 1, "temperature": 0.0, **asked, **fields})
-            self.last = f"{answer.status_code}: {answer.text[:200]}"
-            content = answer.json() if answer.status_code == 200 else None
-        except (httpx.HTTPError, ValueError) as error:
-            self.last = str(error) or type(error).__name__
-            return None
-        return content if isinstance(content, dict) and content.get("choices") else None
+        body = {"model": self._name, "max_tokens": 1, "temperature": 0.0, **asked, **fields}
+        for _ in range(ODD):
+            try:
+                answer = patient(lambda: self._client.post(path, json=body), self._where, self._retry)
+                self.last = f"{answer.status_code}: {answer.text[:200]}"
+                content = answer.json() if answer.status_code == 200 else None
+            except (httpx.HTTPError, ValueError) as error:
+                self.last = str(error) or type(error).__name__
+                continue
+            if isinstance(content, dict) and content.get("choices"):
+                return content
+            if 400 <= answer.status_code < 500:
+                break
+        return None
 
     def first(self, **fields: Any) -> dict[str, Any]:
         """The first choice of the answer; {} for none."""

@@ -10,6 +10,8 @@ import threading
 import time
 from collections import Counter, deque
 from collections.abc import AsyncIterable, AsyncIterator, Iterable, Iterator, Sequence
+from datetime import UTC, datetime
+from email.utils import parsedate_to_datetime
 from typing import Any
 
 import numpy as np
@@ -86,6 +88,21 @@ class Breaker:
         """Until the pause is over."""
         while (left := self._until - time.monotonic()) > 0:
             await asyncio.sleep(left)
+
+
+def seconds_to_wait(after: str) -> float | None:
+    """What a header Retry-After says, a number of seconds or an HTTP date (RFC 9110, 10.2.3); None for nothing and for what is neither.
+
+    >>> seconds_to_wait("1.5"), seconds_to_wait("Thu, 01 Jan 1970 00:00:00 GMT"), seconds_to_wait("soon")
+    (1.5, 0.0, None)
+    """
+    if after.replace(".", "", 1).isdigit():
+        return float(after)
+    try:
+        until = parsedate_to_datetime(after)
+    except ValueError:
+        return None
+    return max(0.0, (until.replace(tzinfo=until.tzinfo or UTC) - datetime.now(UTC)).total_seconds())
 
 
 def told(result: Result, on_piece: OnPiece | None) -> Result:

@@ -11,7 +11,7 @@ from typing import Any, Literal
 from components.contracts import Request, Result, UserError
 from components.decoding.rounds import Query, each_with_other, seed_of
 from components.store import Store, request_id
-from framework.decoding import setting_of
+from framework.decoding import seeded, setting_of
 from framework.engines.building import identity
 from framework.generate import Context, measures, renderer, tokens_of
 from framework.jobs import answer_row, run_job, say
@@ -152,10 +152,10 @@ class Batch:
         """The requests in the order of the file."""
         render = renderer(context)
         for index, (name, asked, where) in enumerate(self._named()):
-            params = dataclasses.replace(context.params, seed=seed_of(context.params.seed, name, "batch"))
+            params = dataclasses.replace(context.params, seed=seed_of(context.params.seed, name, "sample"))
             if name not in store:
                 self._asked[name] = asked
-            yield index, Request(name, render(asked.given, where=where), params, self.n)
+            yield index, Request(name, render(asked.given, where=where), seeded(context.engine, params), self.n)
 
     def _row(self, request: Request, result: Result) -> dict[str, Any]:
         """What is kept of an answer: the prompt as it was given, under the file's own id, in the place of its token ids."""

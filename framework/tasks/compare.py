@@ -13,7 +13,7 @@ from typing import Any, Literal
 from omegaconf import DictConfig
 
 from components.contracts import Completion, UserError
-from components.decoding.rounds import Answer, Ask, Query, Rounds, Setting, Traced, seed_of
+from components.decoding.rounds import Traced
 from framework import decoding
 from framework.answering import MakeEngine, Problem, Reader, Speaker, is_right, own_run, problems_of, speaker
 from framework.build import read_config
@@ -24,18 +24,6 @@ from framework.signatures import nearest
 from framework.statistics import mcnemar, paired_bootstrap
 
 COSTS = ("calls", "rounds", "prompt_tokens", "completion_tokens", "processed_tokens", "flops")  # of usage_of, means over the problems
-
-
-class OneCall:
-    """A decoding of one call as one of rounds: its answer is the first sample that methods of several calls draw."""
-
-    def __init__(self, sampler: Any) -> None:
-        self.sampler = sampler
-
-    def answer(self, query: Query, setting: Setting) -> Rounds:
-        params = self.sampler.params(setting.max_new_tokens, seed_of(setting.seed, query.id, "sample", 0))
-        (said,) = yield [Ask("sample", query.said, params)]
-        return Answer(said, [said], 0, {})
 
 
 @dataclass
@@ -88,7 +76,7 @@ class Compare(Procedure):
                 raise UserError(f"task.{key}: {value}; at least 1 is allowed")
         if not ways:
             raise UserError("task.ways: {}; give at least one: task.ways={NAME: {...}}, an option of the group decode")
-        self.ways = {name: way if hasattr(way, "answer") else OneCall(way) for name, way in ways.items()}
+        self.ways = {name: way if hasattr(way, "answer") else decoding.OneCall(way.params) for name, way in ways.items()}
         for way, run in of.items():
             known("task.of", way, ways), known(f"task.of.{way}", run, runs)
         for way, reference in equal_tokens.items():

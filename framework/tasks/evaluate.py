@@ -10,9 +10,9 @@ import shlex
 import sys
 import time
 import warnings
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal, cast
 
 from hydra.core.hydra_config import HydraConfig
 from omegaconf import OmegaConf
@@ -20,11 +20,12 @@ from rich.console import Console
 from rich.table import Table
 
 from components.adapters.base import OFF, task_ids, tasks_to_say
-from components.contracts import Completion, UserError
+from components.contracts import Completion, Prompt, Tokenizer, UserError
+from components.decoding.rounds import Said
 from components.evals.base import Evaluation, Exam, Row
 from framework.build import Run, build_data
 from framework.evaluation_plots import heat_map, is_share, length_curve, unit
-from framework.generate import Context, completions, new_file, run_renderer
+from framework.generate import Context, new_file, run_renderer
 from framework.overrides import group_options
 from framework.procedure import text_ids
 from framework.prompts import Renderer
@@ -41,26 +42,30 @@ class Evaluate:
 
     Writes results.jsonl (one line an item, as they are finished), PNGs, and metrics. With NAME of the evaluation, a measure M (score, loss,
     ...) of a task T has the means NAME/T/M@LENGTH, over tasks NAME/M@LENGTH, and over lengths NAME/M; figures of its summary are
-    NAME/FIGURE. A task of the evaluation's own name is left out of the keys.
+    NAME/FIGURE. A task of the evaluation's own name is left out of the keys. errors: items without an answer, which no score counts.
 
-    then: by the name of an evaluation the words that are suggested after it; see `next_command`.
-    Raises: UserError where no evaluation was chosen.
+    missing: what is done about these: refuse, or skip, the others alone are measured. then: by the name of an evaluation the words that
+    are suggested after it; see `next_command`.
+
+    Raises: UserError where no evaluation was chosen, for one that needs a run without any, and for items without an answer.
     """
 
     asks_in_rounds = True
 
-    def __init__(self, evaluation: Evaluation | None, then: dict[str, list[str]]) -> None:
+    def __init__(self, evaluation: Evaluation | None, missing: Literal["refuse", "skip"], then: dict[str, list[str]]) -> None:
         if evaluation is None:
             raise UserError(f"eval: none chosen; task=evaluate needs one: eval={' | eval='.join(group_options('eval'))}")
-        self.evaluation, self.then = evaluation, then
+        if missing not in ("refuse", "skip"):
+            raise UserError(f"task.missing: {missing!r}; refuse or skip is allowed")
+        self.evaluation, self.missing, self.then = evaluation, missing, then
         self.asks_every_task = bool(getattr(evaluation, "by_task", False))
 
     def run(self, context: Context) -> dict[str, float]:
         """Measure, write, print; returns the metrics."""
         began, rows = time.monotonic(), []
-        exam = make_exam(context)
-        trained = f"step {context.run.step}, trained at {exam.trained_length:,} tokens{regimes(context.run)}"
-        say(f"{self.evaluation.name} of {context.run.path}, {trained}")
+        exam = make_exam(context) if self.evaluation.needs_run or context.source is not None else exam_of_texts(context)
+        trained = f", trained at {exam.trained_length:,} tokens{regimes(context.run)}" if context.source is not None else ""
+        say(f"{self.evaluation.name} of {subject(context, Path)}{trained}")
         found = self.evaluation.rows(exam)
         with warnings.catch_warnings():
             warnings.filterwarnings("ignore", "up to .* tokens, but the model was trained")  # just that is to be measured
@@ -70,20 +75,39 @@ class Evaluate:
                     rows.append(row)
                     file.write(json.dumps(line_of(row), ensure_ascii=False) + "\n")
                     file.flush()
-        figures, words = self.evaluation.summary(rows)
-        metrics = {**means(self.evaluation.name, rows), **{f"{self.evaluation.name}/{key}": value for key, value in figures.items()}}
+        failed, answered = self.unanswered(rows, context.out_dir / RESULTS), [row for row in rows if row.error is None]
+        figures, words = self.evaluation.summary(answered)
+        metrics = {**means(self.evaluation.name, answered), **{f"{self.evaluation.name}/{key}": value for key, value in figures.items()}}
         console = Console(highlight=False, soft_wrap=True)
-        print_tables(rows, console)
+        print_tables(answered, console)
         metrics |= figures_of(self.evaluation.name, rows, console) or {f"decode/{key}": float(n) for key, n in context.spent.items()}
         if words:
             console.print(words, markup=False)
-        title = f"{self.evaluation.name}: {context.run.path.name}, step {context.run.step}"
-        pictures = draw(self.evaluation.name, rows, exam.trained_length, context.out_dir, title)
+        title = f"{self.evaluation.name}: {subject(context, lambda path: path.name)}"
+        pictures = draw(self.evaluation.name, answered, exam.trained_length, context.out_dir, title)
         seconds = time.monotonic() - began
         shown = f", {', '.join(path.name for path in pictures)}" if pictures else ""
-        say(f"{len(rows)} items in {seconds:.0f} s; {RESULTS}, metrics.json{shown} in {context.out_dir}")
+        without = f", {failed} of them without an answer and in no score" if failed else ""
+        say(f"{len(rows)} items{without} in {seconds:.0f} s; {RESULTS}, metrics.json{shown} in {context.out_dir}")
         say(f"next: {next_command(context, self.evaluation.name, self.then.get(self.evaluation.name, []))}")
-        return {**metrics, "items": float(len(rows)), "seconds": seconds}
+        return {**metrics, "items": float(len(rows)), "errors": float(failed), "seconds": seconds}
+
+    def unanswered(self, rows: Sequence[Row], file: Path) -> int:
+        """How many items have no answer. Raises UserError where that is not allowed, or none has one."""
+        errors = [row.error for row in rows if row.error is not None]
+        if errors and (self.missing == "refuse" or len(errors) == len(rows)):
+            skip = "" if len(errors) == len(rows) else "; task.missing=skip measures the others alone"
+            raise UserError(
+                f"task.missing: {len(errors)} of {len(rows)} items have no answer, the first: {errors[0]}; {file} has them all{skip}"
+            )
+        return len(errors)
+
+
+def subject(context: Context, of: Callable[[Path], Any]) -> str:
+    """The run, as `of` names its folder, or the server's model."""
+    if (run := context.source) is None:
+        return f"{context.engine.model_id} of {context.engine.engine_id}"
+    return f"{of(run.path)}, step {run.step}"
 
 
 def say(text: str) -> None:
@@ -100,14 +124,14 @@ def next_command(context: Context, name: str, then: Sequence[str]) -> str:
         return f"python -m framework.decoding_report {context.out_dir} OTHER_DIR   (OTHER_DIR: the same items with another decode=)"
     typed = HydraConfig.get().overrides.task if HydraConfig.initialized() else ["task=evaluate", f"eval={name}"]
     keys, values = {key_of(word) for word in typed}, {key_of(word) for word in then if "." in key_of(word)}
-    run = f"ckpt={context.run.path}"
-    if not then or values & keys:
+    run = [] if context.source is None else [f"ckpt={context.run.path}"]
+    if run and (not then or values & keys):
         tasks = tasks_to_say(context.run.model)
         whose = f" adapter.task={context.task or tasks[0]}" if tasks else ""
-        return f"python generate.py {run}{whose} prompt='...'"
+        return f"python generate.py {run[0]}{whose} prompt='...'"
     replaced = ("ckpt", "hydra", "paths.output_dir", *(key_of(word) for word in then))  # and whatever is under one of them
     kept = [word for word in typed if not any(key_of(word) == key or key_of(word).startswith(f"{key}.") for key in replaced)]
-    return f"python generate.py {' '.join(map(in_shell, [*kept, *then, run]))}"
+    return f"python generate.py {' '.join(map(in_shell, [*kept, *then, *run]))}"
 
 
 def key_of(word: str) -> str:
@@ -129,19 +153,19 @@ def make_exam(context: Context) -> Exam:
         data.prepare(context.cache_dir, run.tokenizer)
         return text_ids(data, least, context.params.seed, key, most).tolist()
 
-    render, said = run_renderer(run), dict[tuple[int, ...], str]()  # texts by their ids: a decoding of several calls asks again in words
+    render, said = run_renderer(run), dict[Any, str]()  # texts by their ids: a decoding of several calls asks again in words
 
     def rendered(text: str) -> list[int]:
         ids = render(text)
         said[tuple(ids)] = text
         return ids
 
-    def complete(prompts: list[list[int]], tokens: int) -> Iterator[tuple[int, Completion]]:
-        if context.method is None:
-            return counted(context, prompts, completions(engine, prompts, dataclasses.replace(context.params, max_new_tokens=tokens)))
-        if any(tuple(prompt) not in said for prompt in prompts):
+    def complete(prompts: Sequence[list[int] | str], tokens: int, stop: Sequence[str]) -> Iterator[tuple[int, Completion]]:
+        texts: list[Any] = [said.get(tuple(prompt), prompt) for prompt in prompts]  # ids where they are no text's
+        if context.method is not None and not all(isinstance(text, str) for text in texts):
             raise UserError("decode: this option asks again in words, and these questions are no texts; take decode=greedy or sample")
-        return asked(context, [said[tuple(prompt)] for prompt in prompts], render, tokens)
+        once: Callable[[Any], Prompt] = lambda text: render(text) if isinstance(text, str) else text  # noqa: E731
+        return completed(context, texts, once if context.method is None else render, tokens, stop)
 
     def another(path: str | None) -> Exam:
         path = started_from(run) if path is None else path
@@ -172,6 +196,32 @@ def make_exam(context: Context) -> Exam:
         choose,
     )  # fmt: skip
     return exam
+
+
+def exam_of_texts(context: Context) -> Exam:
+    """What an evaluation works with that needs no run: a server, asked in texts, or in conversations where it takes nothing else."""
+    talks = "texts" not in context.engine.capabilities
+
+    def spoken(said: Said) -> Prompt:
+        return [{"role": "user", "content": said}] if talks and isinstance(said, str) else said
+
+    def complete(prompts: Sequence[list[int] | str], tokens: int, stop: Sequence[str]) -> Iterator[tuple[int, Completion]]:
+        return completed(context, cast(Sequence[str], prompts), spoken, tokens, stop)
+
+    def nothing(*_: Any) -> Any:
+        return context.run  # says that there is none
+
+    frame: tuple[list[int], list[int]] = ([], [0] if talks else [])  # a turn ends after what is said
+    tokenizer = cast(Tokenizer, None)  # no evaluation looks at it that needs no run
+    return Exam(context.engine, tokenizer, 0, None, frame, lambda text: text, nothing, complete, nothing, Progress())
+
+
+def completed(
+    context: Context, said: Sequence[Said], render: Callable[[Said], Prompt], tokens: int, stop: Sequence[str]
+) -> Iterator[tuple[int, Completion]]:
+    """Answers as the user wants them decoded; those of one call are counted into the context."""
+    found = asked(context, said, render, tokens, stop)
+    return counted(context, found) if context.method is None else found
 
 
 def trained_length(run: Run) -> int:
@@ -227,7 +277,7 @@ class Progress:
 
 def line_of(row: Row) -> dict[str, Any]:
     """A line of results.jsonl."""
-    where = {"task": row.task, "length": row.length, "depth": row.depth}
+    where = {"task": row.task, "length": row.length, "depth": row.depth, "error": row.error}
     return {**{key: value for key, value in where.items() if value is not None}, **row.values, **row.record}
 
 

@@ -14,7 +14,7 @@ from framework import answering, decoding
 from framework.answering import Remembering, Speaker, is_right, problems_of
 from framework.build import compose
 from framework.tasks.candidates import Candidates, StoppedShort, balanced
-from framework.tasks.compare import Compare, OneCall, Way, by_candidates, figures_of
+from framework.tasks.compare import Compare, Way, by_candidates, figures_of
 from framework.train import train
 from tests.framework.scripted import Scripted, option, render, setting
 
@@ -105,7 +105,7 @@ def test_groups_and_fresh_samples_by_hand():
 def test_one_call_is_the_first_sample():
     method, sampler = option("gsa"), option("gsa").sampler
     first = next(method.answer(Query("q", "x"), setting()))[0]
-    assert next(OneCall(sampler).answer(Query("q", "x"), setting())) == [first]
+    assert next(decoding.OneCall(sampler.params).answer(Query("q", "x"), setting())) == [first]
 
 
 def test_problems_come_from_a_file_or_the_data(tmp_path):

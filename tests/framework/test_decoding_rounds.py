@@ -10,10 +10,10 @@ from dataclasses import replace
 import pytest
 
 from components.contracts import Completion, Request, Result, Usage, UserError
-from components.decoding.rounds import seed_of, with_others
+from components.decoding.rounds import Query, seed_of, with_others
 from components.decoding.selection import named
 from components.decoding.templates import Template
-from framework.decoding import query_ids, run_queries, totals, traced
+from framework.decoding import Stopped, query_ids, run_queries, totals, traced
 from framework.engines.requests import Breaker, RequestEngine, Retry
 from tests.framework.scripted import Scripted, as_completion, option, queries, render, setting
 
@@ -351,3 +351,13 @@ def test_every_template_reads_back():
                 (f"attempt {i}", text) for i, text in zip(range(1, count + 1), itertools.cycle(["a\n", "", "{candidates}\\boxed{1}"]))
             ]
             assert template.parse(template.fill("why {n}?", blocks, "0123456789abcdef"), "0123456789abcdef") == blocks
+
+
+def test_calls_end_at_further_texts_unless_a_constraint_says_when():
+    free = Stopped(option("gsa", sampler__stop=["a"]), ["b", "a"]).answer(Query("q", "x"), setting())
+    samples = next(free)
+    assert [ask.params.stop for ask in samples] == [("a", "b")] * 3
+    (last,) = free.send([as_completion("new")] * 3)
+    assert last.role != "sample" and set(last.params.stop) >= {"a", "b"}
+    held = Stopped(option("gsa", sampler__choice=["x", "y"]), ["b"]).answer(Query("q", "x"), setting())
+    assert all(ask.params.stop == () for ask in next(held))

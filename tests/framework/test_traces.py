@@ -55,6 +55,9 @@ def test_a_file_of_prompts(call, tmp_path):
     assert metrics["tokens"] == metrics["decode/completion_tokens"] == sum(c["tokens"] for t in traces for c in t["calls"])
     assert metrics["decode/flops"] == pytest.approx(sum(trace["usage"]["flops"] for trace in traces)) and metrics["decode/flops"] > 0
     assert "8 calls" in err and "traces.jsonl" in err
+    assert call(f"prompts={tmp_path / 'prompts.jsonl'}", "decode=sample", f"hydra.run.dir={tmp_path / 'once'}", "n=2")[0] == 0
+    once = {(line["id"], line["sample"]): line["text"] for line in lines(tmp_path / "once" / "generations.jsonl")}
+    assert once == {(trace["id"], i): trace["candidates"][i] for trace in traces for i in (0, 1)}  # the same samples
     code, out, err = call("prompt='The cat'", "decode=self_consistency", f"output={tmp_path / 'no.jsonl'}")
     assert code == 2 and "output" in err  # as for any single prompt
     code, out, err = call("prompt='The cat'", "decode=best_of_n", f"hydra.run.dir={tmp_path / 'single'}")
@@ -119,6 +122,10 @@ def test_ways_to_answer_are_compared_in_pairs(tmp_path, capsys):
     assert ["four", "0", "of", "2", "1", "of", "4"] in [line.split() for line in out]
     (pair,) = [line.split() for line in out if line.startswith("one - four")]
     assert pair[3] == "+50.0" and pair[-3:] == ["3", "0", "0.25"]  # of 3 discordant items 3 for one: 2 / 2^3
+    with (first / "results.jsonl").open("a") as file:
+        file.write(json.dumps({"task": "x", "asked": "lost?", "error": "http_500"}) + "\n")
+    assert decoding_report.main([str(first)]) == 0  # of what has an answer
+    capsys.readouterr()
     other = evaluated(tmp_path / "other", [1, 1])
     for words, message in (
         ([first, other], "differ in 4 item(s)"),

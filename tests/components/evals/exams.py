@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import torch
@@ -32,8 +32,8 @@ class Scripted:
 def exam(engine: Any = None, trained_length: int = 256, text: list[int] = TEXT, source: Any = None, **changes: Any) -> Exam:
     """text: what the run's data hold; source: a function in its place."""
 
-    def complete(prompts: list[list[int]], tokens: int) -> Iterator[tuple[int, Completion]]:
-        params = SamplingParams(max_new_tokens=tokens, temperature=0.0)
+    def complete(prompts: list[list[int]], tokens: int, stop: Sequence[str]) -> Iterator[tuple[int, Completion]]:
+        params = SamplingParams(max_new_tokens=tokens, temperature=0.0, stop=tuple(stop))
         return reversed(list(enumerate(engine.generate(prompts, params))))  # not in order: whoever is finished first
 
     parts: dict[str, Any] = {

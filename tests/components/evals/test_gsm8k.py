@@ -10,7 +10,7 @@ import pytest
 import yaml
 from exams import TOKENIZER, Scripted, exam
 
-from components.contracts import UserError
+from components.contracts import Completion, UserError
 from components.evals.gsm8k import Gsm8k
 
 CONF = Path(__file__).parents[3] / "conf" / "eval" / "gsm8k.yaml"
@@ -93,6 +93,17 @@ def test_both_readings_and_what_cannot_be_read(files):
     assert figures["strict_score_se"] == pytest.approx(0.25)
     assert (figures["strict_score_low"], figures["strict_score_high"]) == pytest.approx((0.0456, 0.6994), abs=5e-5)
     assert words.splitlines()[0] == "strict: 1 of 4 right (95 % interval 4.6 to 69.9 %); 2 name no answer, which counts as wrong"
+
+
+def test_what_failed_has_no_score_and_nothing_else_than_answers_is_asked(files):
+    class Failing:  # it has no `score`
+        def generate(self, prompts, params):
+            assert params.stop == ("Question:", "</s>", "<|im_end|>")
+            return [Completion([], "", [], "error", "http_400: no"), *[Completion([1], "#### 6", [], "stop")] * (len(prompts) - 1)]
+
+    failed, *others = sorted(option(files["path"]).rows(exam(Failing())), key=lambda row: row.error is None)
+    assert failed.error == "http_400: no" and failed.values == {} and failed.record["asked"] == "2 + 3?"
+    assert len(others) == 3 and all(row.error is None and "strict_score" in row.values for row in others)
 
 
 def test_nothing_to_read_has_no_share_among_what_was_read(files):

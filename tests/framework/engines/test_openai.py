@@ -3,14 +3,17 @@
 import asyncio
 import threading
 import time
+from datetime import UTC, datetime, timedelta
+from email.utils import format_datetime
 
 import pytest
 from hostile import honest, serving
 
 from components.contracts import Request, SamplingParams, UserError
 from components.data.tokenizers import bytes_tokenizer
+from framework.engines.building import identity
 from framework.engines.openai import OpenAIEngine
-from framework.engines.requests import THREAD, Breaker, EngineError, Retry, as_requests, each_of, row_seed
+from framework.engines.requests import THREAD, Breaker, EngineError, Retry, as_requests, each_of, row_seed, seconds_to_wait
 
 PARAMS = SamplingParams(max_new_tokens=4, seed=3)
 
@@ -111,6 +114,61 @@ def test_fields_that_are_refused_are_never_sent():
         assert streamed(plain, asked(1))[0].error is None
 
 
+@pytest.mark.parametrize("status", [429, 503, 500])
+def test_a_server_that_is_busy_while_it_is_tried_out_can_do_no_less(status):
+    def busy(path, body, number):
+        return (status, {}, {"retry-after": "0"}) if number % 2 == 0 else honest(path, body, number)
+
+    with serving(honest) as well, serving(busy) as server:
+        assert engine(server).capabilities == engine(well).capabilities
+
+
+def test_a_server_that_stays_busy_is_not_taken_for_one_that_can_do_nothing():
+    with (
+        serving(lambda path, body, number: (429, {}, {}) if number == 6 or "seed" in body else honest(path, body, number)) as server,
+        pytest.raises(UserError, match=r"answered 429, 4 time\(s\); what it can do was not found out"),
+    ):
+        engine(server)
+
+
+def deaf_to_seeds(path, body, number):
+    return honest(path, {key: value for key, value in body.items() if key != "seed"}, number)
+
+
+def test_seeds_that_have_no_effect_are_mentioned_once_and_only_where_they_should_have_one(capsys):
+    with serving(deaf_to_seeds) as server:
+        client = engine(server)
+        streamed(client, [Request("0", "prompt", SamplingParams(max_new_tokens=4, temperature=0.0))])
+        assert "seed" not in client.capabilities and not capsys.readouterr().err
+        streamed(client, asked(3))
+        assert capsys.readouterr().err.count(f"{server.url} ignores seeds") == 1
+
+
+def test_stop_ids_are_sent_or_refused():
+    def strict(path, body, number):
+        return (422, {}, {}) if "stop_token_ids" in body else honest(path, body, number)
+
+    request = Request("0", "prompt", SamplingParams(max_new_tokens=4, stop_ids=(7,)))
+    with serving(strict) as server:
+        assert streamed(engine(server), [request])[0].error.endswith("does not take decode.stop_ids")
+    with serving(honest) as server:
+        assert streamed(engine(server), [request])[0].error is None and 7 in server.seen[-1]["stop_token_ids"]
+
+
+def test_log_probabilities_that_were_promised_are_asked_for_again():
+    bare = {"choices": [{"text": "said", "finish_reason": "stop"}]}
+    with serving(failing(lambda i: i == 0, 200, bare)) as server:
+        client = engine(server)
+        (result,) = streamed(client, asked(1))
+        assert result.completions[0].logprobs and client.counts["bad_answer"] == 1
+
+
+def test_a_model_may_move_but_not_change_what_it_can_do():
+    with serving(honest) as here, serving(honest) as there, serving(deaf_to_seeds) as other:
+        first, moved, unseeded = (identity(engine(server), None) for server in (here, there, other))
+    assert first == moved != unseeded and first["engine"] == ["openai", "m", "None"]
+
+
 @pytest.mark.parametrize("status", [408, 409, 429, 500, 503])
 def test_passing_troubles_are_waited_out(status):
     with serving(failing(lambda i: i < 2, status)) as server:
@@ -137,7 +195,7 @@ def test_a_key_or_a_model_that_is_gone_ends_the_job(status):
         streamed(engine(server), asked(9), concurrency=1)
 
 
-@pytest.mark.parametrize("content", [b"", b"{", b"[]", b'{"choices": null}', b'{"choices": [{}]}', b"<html>"])
+@pytest.mark.parametrize("content", [b"", b"{", b"[]", b'{"choices": null}', b'{"choices": [{}]}', b'{"choices": []}', b"<html>"])
 def test_an_answer_that_is_none(content):
     with serving(failing(lambda i: i == 0, 200, content)) as server:
         client = engine(server)
@@ -150,6 +208,13 @@ def test_the_server_says_how_long_to_wait():
         began = time.monotonic()
         assert streamed(engine(server), asked(1))[0].error is None
         assert time.monotonic() - began >= 0.3
+
+
+def test_waits_are_seconds_or_dates():
+    later = datetime.now(UTC) + timedelta(seconds=1000)
+    assert 500 < seconds_to_wait(format_datetime(later, usegmt=True)) <= 1000
+    found = [seconds_to_wait(text) for text in ("2", "0.5", "", "Wed, 21 Oct 2015 07:28:00 GMT", "Wed, 99 Oct 2015")]
+    assert found == [2.0, 0.5, None, 0.0, None]
 
 
 def test_attempts_end():

@@ -101,3 +101,89 @@ def test_an_export_is_made_once_and_leaves_the_run_as_it_was(tmp_path):
     assert exported(run, "transformers", tmp_path / "cache", "sort") == folder != exported(run, "transformers", tmp_path / "cache", "copy")
     assert digest(run) == before and task_ids(run.model).names == ("copy", "sort")
     assert compose("generate", ["engine=transformers", "ckpt=x"]).engine.device == "auto"
+
+
+PROBLEMS = [{"question": f"What is {n} + {n}?", "answer": f"#### {n + n}"} for n in range(4)]
+
+
+@pytest.fixture
+def evaluate(call, tmp_path):
+    """task=evaluate on PROBLEMS with a server and no run: exit code, metrics, lines of results.jsonl, stderr."""
+    (tmp_path / "problems.jsonl").write_text("".join(json.dumps(row) + "\n" for row in PROBLEMS))
+
+    def run_it(server, out, *words):
+        where = [f"engine.base_url={server.url}", "engine.concurrency=1", f"hydra.run.dir={tmp_path / out}"]
+        code, _, err = call("task=evaluate", "eval=gsm8k", f"eval.path={tmp_path / 'problems.jsonl'}", *where, *words)
+        metrics, lines = tmp_path / out / "metrics.json", (tmp_path / out / "results.jsonl").read_text().splitlines()
+        return code, json.loads(metrics.read_text()) if metrics.is_file() else {}, [json.loads(line) for line in lines], err
+
+    return run_it
+
+
+def of(text):
+    """Which problem a prompt asks, if any."""
+    return next((n for n, row in enumerate(PROBLEMS) if row["question"] in str(text)), None)
+
+
+def test_samples_are_voted_on_as_they_are_scored_and_shared_by_all_ways(evaluate):
+    """Each sample goes on with another question, whose answers are all different; without these, three of four are right."""
+
+    def talkative(path, body, number):
+        if (n := of(body["prompt"])) is None:
+            return honest(path, body, number)
+        before = sum(of(other["prompt"]) == n for other in server.seen) - 1
+        text = f"#### {2 * n + (before == 0)}\nQuestion: more?\n#### {number}1"
+        return 200, {"choices": [{"text": text, "finish_reason": "length"}], "usage": {"prompt_tokens": 3, "completion_tokens": 9}}, {}
+
+    seeds = {}
+    with serving(lambda *about: without_logprobs(*talkative(*about))) as server:
+        for way in ("self_consistency", "sample"):
+            server.seen.clear()
+            code, metrics, lines, err = evaluate(server, way, f"decode={way}")
+            assert code == 0 and len(lines) == 4, err
+            asked = [body for body in server.seen if of(body["prompt"]) is not None]
+            assert all(body["stop"] == ["Question:", "</s>", "<|im_end|>"] for body in asked)
+            assert metrics["gsm8k/strict_score"] == (way == "self_consistency")
+            assert metrics["decode/completion_tokens"] == 9 * metrics["decode/calls"] == 9 * len(asked)
+            seeds[way] = [body["seed"] for body in asked]
+    assert all(body["prompt"].startswith("Question: What") for body in asked) and "m of openai:" in err
+    assert seeds["sample"] == seeds["self_consistency"][::4] and len(set(seeds["self_consistency"])) == 16
+
+
+def without_logprobs(status, content, headers):
+    for choice in content["choices"]:
+        choice.pop("logprobs", None)
+    return status, content, headers
+
+
+def test_a_call_that_failed_is_no_wrong_answer(evaluate):
+    def half(path, body, number):
+        n = of(body["prompt"])
+        if n is None:
+            return without_logprobs(*honest(path, body, number))
+        if n % 2 and sum(of(body["prompt"]) == n for body in server.seen) % 4 == 1:  # one call of four is enough
+            return 400, {"error": {"message": "never"}}, {}
+        return 200, {"choices": [{"text": f"#### {2 * n}", "finish_reason": "stop"}]}, {}
+
+    with serving(half) as server:
+        code, _, lines, err = evaluate(server, "refused")
+        assert code == 2 and "error: task.missing: 2 of 4 items have no answer, the first: http_400" in err
+        failed = [line for line in lines if "error" in line]
+        assert len(lines) == 4 and len(failed) == 2 and not any("strict_score" in line for line in failed)
+        code, metrics, lines, err = evaluate(server, "skipped", "task.missing=skip", "decode=self_consistency")
+    assert code == 0 and "4 items, 2 of them without an answer" in err
+    assert (metrics["gsm8k/strict_score"], metrics["errors"], metrics["items"], metrics["gsm8k/strict_unparsable"]) == (1, 2, 4, 0)
+
+
+def test_a_server_of_conversations_alone_is_asked_in_them(evaluate):
+    def chat(path, body, number):
+        if not path.endswith("chat/completions"):
+            return 404, {}, {}
+        n = of(body["messages"][0]["content"])
+        message = {"content": f"It is\n#### {2 * (n or 0)}"}
+        return 200, {"choices": [{"message": message, "finish_reason": "stop"}], "usage": {"completion_tokens": 2}}, {}
+
+    with serving(chat) as server:
+        code, metrics, _, err = evaluate(server, "chat")
+    assert code == 0 and metrics["gsm8k/strict_score"] == 1 and "decode/flops" not in metrics, err
+    assert server.seen[-1]["messages"] == [{"role": "user", "content": PROBLEMS[-1]["question"]}]

@@ -120,6 +120,9 @@ def test_several_calls_an_answer(home, call, tmp_path):
     rows = pq.read_table(tmp_path / "out" / "final").to_pylist()
     assert [row["prompt"] for row in rows] == [f"No. {i}" for i in range(4)] and len(json.loads(rows[0]["candidates"])) == 3
     assert json.loads(rows[0]["usage"])["calls"] == 4 and json.loads(rows[0]["usage"])["flops"] > 0
+    assert call(tmp_path / "one", f"prompts={file}", "decode=sample")[0] == 0  # its answer is their first sample
+    single = pq.read_table(tmp_path / "one" / "final").to_pylist()
+    assert [row["text"] for row in single] == [json.loads(row["candidates"])[0] for row in rows]
     before = final(tmp_path / "out")
     assert call(tmp_path / "out", f"prompts={file}", "decode=gsa")[0] == 0 and final(tmp_path / "out") == before
     code, err = call(tmp_path / "out", f"prompts={file}", "decode=gsa", "decode.n=2")

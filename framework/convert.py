@@ -123,7 +123,12 @@ def rope_words(spec: Any) -> list[str]:
 
 def data_words(tokenizer: Path) -> list[str]:
     """The data option as words where the chat template beside the tokenizer is one's own, so that a prompt is the user's turn."""
-    option = interop().data_option(tokenizer / "tokenizer.json" if tokenizer.is_dir() else tokenizer)
+    from framework.entry import as_text
+
+    file = tokenizer / "tokenizer.json" if tokenizer.is_dir() else tokenizer
+    option, asked = interop().data_option(file), interop().prompt_template(file)
+    if asked is not None:  # no row with an input is ever read, so that its template stays the option's
+        return [f"data={option}", "data.tasks={unknown: {path: unknown}}", f"data.template.without_input={as_text(asked)}"]
     return [] if option is None else [f"data={option}", "data.path=unknown"]
 
 

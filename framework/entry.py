@@ -93,8 +93,13 @@ def quoted(word: str) -> str:
     key, _, value = word.partition("=")
     if key not in FREE_TEXT or value == "null" or (len(value) > 1 and value[0] == value[-1] and value[0] in "'\""):
         return word
+    return f"{key}={as_text(value)}"
+
+
+def as_text(value: str) -> str:
+    """A value quoted for Hydra's grammar."""
     value = re.sub(r"(\\*)('|$)", lambda m: m[1] * 2 + ("\\'" if m[2] else ""), value)  # backslashes count only before a quote
-    return f"{key}='{value.replace('${', chr(92) + '${')}'"
+    return f"'{value.replace('${', chr(92) + '${')}'"
 
 
 def run_job(job: Job, config: DictConfig) -> Any:

@@ -9,7 +9,10 @@ from typing import Any
 
 from framework.plots import BASELINE, INK, VAL, canvas, save
 
-UNITLESS = ("cosine", "weight")  # endings of measures that are plain numbers
+UNITLESS = ("cosine", "weight", "rank")  # endings of measures that are plain numbers
+LIMITS = {"score": (0.0, 1.0), "weight": (0.0, 1.0), "cosine": (-1.0, 1.0)}  # of the colours, by the measure's ending
+WIDE_NAME = 9  # characters that fit below a cell
+MOST_PIXELS = 8000  # of a heat map's longer side
 
 
 def heat_map(
@@ -19,7 +22,8 @@ def heat_map(
     """Draw tables of numbers side by side, each number in its coloured cell; None leaves a cell empty.
 
     Args:
-        panels: measure -> a row of numbers for each of `down`, a number in it for each of `across`. A score is coloured from 0 to 1.
+        panels: measure -> a row of numbers for each of `down`, a number in it for each of `across`. Colours of a measure in LIMITS mean the
+            same in every picture.
         labels: of the two axes, the vertical one first.
         path: PNG to write.
         title: one line above.
@@ -28,15 +32,13 @@ def heat_map(
     from matplotlib.figure import Figure
 
     size = (1.8 + len(panels) * (0.9 + 0.65 * len(across)), 1.5 + 0.42 * len(down))
-    figure = Figure(figsize=size, dpi=130, layout="constrained")
+    figure = Figure(figsize=size, dpi=min(130, MOST_PIXELS / max(size)), layout="constrained")
     FigureCanvasAgg(figure)
     for place, (measure, numbers) in enumerate(panels.items(), start=1):
         axes = figure.add_subplot(1, len(panels), place)
         values = [[math.nan if number is None else number for number in row] for row in numbers]
-        shares = is_share(measure)
-        image: Any = axes.imshow(values, aspect="auto", cmap="RdYlGn" if shares else "viridis_r")
-        if shares:
-            image.set_clim(0.0, 1.0)
+        shares, limits = is_share(measure), next((pair for ending, pair in LIMITS.items() if measure.endswith(ending)), (None, None))
+        image: Any = axes.imshow(values, aspect="auto", cmap="RdYlGn" if shares else "viridis_r", vmin=limits[0], vmax=limits[1])
         for y, row in enumerate(values):
             for x, number in enumerate(row):
                 if math.isfinite(number):
@@ -44,7 +46,8 @@ def heat_map(
                     dark = 0.3 * red + 0.59 * green + 0.11 * blue < 0.45
                     text = f"{100 * number:.0f}" if shares else f"{number:.2f}"
                     axes.text(x, y, text, ha="center", va="center", fontsize=8, color="white" if dark else "black")
-        axes.set_xticks(range(len(across)), across, fontsize=8)
+        turned: Any = {"rotation": 25, "ha": "right", "rotation_mode": "anchor"} if max(map(len, across)) > WIDE_NAME else {}
+        axes.set_xticks(range(len(across)), across, fontsize=8, **turned)
         axes.set_yticks(range(len(down)), down if place == 1 else [""] * len(down), fontsize=8)
         axes.set_xlabel(labels[1], fontsize=9)
         axes.set_ylabel(labels[0] if place == 1 else "", fontsize=9)

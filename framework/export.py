@@ -25,6 +25,7 @@ if TYPE_CHECKING:
     from framework.generate import Context
 
 ROUNDINGS = 1000.0  # units in the last place of the largest logit that another order of products may cost
+ADAPTERS = "adapters"  # folder of the adapters that lie beside an exported base
 PROBE_TOKENS = 64  # of the text on which an export must give the same logits
 
 
@@ -156,7 +157,7 @@ def export(
             layout.write(folder, tensors, config, run.tokenizer.eot_id, shard_bytes or interop().SHARD_BYTES, **extras)
         except UserError as error:
             raise UserError(f"{error}{other_layouts(run, layout)}") from error
-        if (folder / interop().CONFIG).is_file():
+        if has_template := (folder / interop().CONFIG).is_file():
             interop().write_companions(folder, run.tokenizer, model.vocab_size, template)
         else:
             run.tokenizer.save(folder)
@@ -172,11 +173,12 @@ def export(
             ours = model.state_dict()
             theirs = layout.to_foreign(ours, config)
             names = interop().module_names(wrapped, ours, theirs)
-            interop().write_adapters(folder / "adapters", kept, names, theirs, str(to))
+            interop().write_adapters(folder / ADAPTERS, kept, names, theirs, str(to))
             for name, expected in spoken.items():
-                adapted = interop().read_back(folder / "adapters", kept, name, names, theirs, copy.deepcopy(again))
-                check_close(expected, probe(widened(adapted.eval())), to / "adapters" / name)
-    return Exported(len(source.tensors), notes(spec, layout, engine), usage(to, layout, engine, spec, list(spoken)))
+                adapted = interop().read_back(folder / ADAPTERS, kept, name, names, theirs, copy.deepcopy(again))
+                check_close(expected, probe(widened(adapted.eval())), to / ADAPTERS / name)
+    told = notes(spec, layout, engine) + ([] if template is None else [wording(has_template)])
+    return Exported(len(source.tensors), told, usage(to, layout, engine, spec, list(spoken)))
 
 
 def other_layouts(run: Run, layout: Any) -> str:
@@ -203,11 +205,21 @@ def notes(spec: Any, layout: Any, engine: str) -> list[str]:
     ]
 
 
+def wording(has_template: bool) -> str:
+    """How to ask as a run that words its prompts does. has_template: whether its form of them lies in the folder."""
+    if not has_template:
+        return "prompts: the run puts what it is asked into a form of its own, for which this layout has no place; ask in that form"
+    return (
+        "prompts: chat_template.jinja words what a user says as the run does (apply_chat_template, chat requests of vLLM; here prompt= is "
+        "too); a text given there without it is asked as it is"
+    )
+
+
 def usage(to: Path, layout: Any, engine: str, spec: Any, beside: list[str]) -> str:
     """What to type next. beside: names of the adapters that lie there."""
     back = f"python generate.py ckpt={to}"
     if beside:
-        return str(interop().adapter_usage(engine, to, to / "adapters" / beside[0]))
+        return f"{interop().adapter_usage(engine, to, to / ADAPTERS / beside[0])}, or here {back} adapter.task={beside[0]}"
     if engine == "vllm":
         length = "" if spec is None or spec.plain else f", max_model_len=N), where N is {spec.original_len} if it is left out"
         return f"vllm.LLM({str(to)!r}{length or ')'}, or here {back}"

@@ -19,7 +19,7 @@ from omegaconf import DictConfig, OmegaConf
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
-from components.adapters.base import merge, task_ids, tasks_to_say
+from components.adapters.base import by_token, merge, task_ids, tasks_to_say
 from components.contracts import Completion, Decoding, Diagnostics, Engine, Prompt, SamplingParams, UserError
 from components.decoding.rounds import Method, seed_of
 from components.decoding.sampling import check_params
@@ -27,6 +27,7 @@ from framework.build import ConfigErrors, Run, build, build_data, load_run
 from framework.decoding import query_ids
 from framework.engines.building import takes
 from framework.inherit import resolve_checkpoint
+from framework.kept import adapters_beside, put_on
 from framework.prompts import Renderer, Request, held_out_prompt, read_requests
 from framework.runtime import prepare_process
 from framework.signatures import ALLOWED, describe, fits, locate
@@ -125,6 +126,8 @@ def open_run(config: DictConfig, place: str, asks_every_task: bool = False) -> R
     path = resolve_checkpoint(config.ckpt, Path(config.paths.root), Path(config.paths.cache_dir))
     another_rule = "_target_" in config.rope
     run = load_run(path, {"rope": config.rope if another_rule else None})
+    if beside := adapters_beside(config.ckpt):
+        config.adapter.task = put_on(run, config.ckpt, beside, config.adapter.task)
     if not another_rule and config.rope.switch is not None:
         switch_rope(run.model, config.rope.switch)
     choose_task(run, config.adapter.task, asks_every_task)
@@ -145,7 +148,12 @@ def choose_task(run: Run, task: str | int | None, asks_every_task: bool) -> None
     if task is not None:
         if holder is None or not names:
             raise UserError(f"adapter.task: {task!r}, but {run.path} was trained without an adapter that has tasks; drop the override")
-        holder.set(holder.index(task))
+        chosen = holder.index(task)
+        if chosen >= 0 and by_token(run.model):
+            raise UserError(
+                f"adapter.task: {task!r}, but the adapter of {run.path} weighs its parts by the token, whatever the task; drop the override"
+            )
+        holder.set(chosen)
     elif (several := tasks_to_say(run.model)) and not asks_every_task:
         raise UserError(
             f"adapter.task: null, and the adapter of {run.path} has {len(several)} tasks; say which: adapter.task={' | '.join(several)}"

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from typing import Any
 
 import torch
@@ -30,3 +30,12 @@ def label_likelihood(model: Any, batches: Iterable[Batch], device: torch.device)
             right += int((model.logits(rows).argmax(dim=1) == wanted).sum())
         tokens += len(labels)
     return {"loss": nll / tokens, "accuracy": right / tokens, "labels": tokens} if tokens else {}
+
+
+def in_words(figures: Mapping[str, float]) -> str:
+    """Figures as a line: accuracy is that of single tokens, each after the right ones before it.
+
+    >>> in_words({"loss": 1.5, "accuracy": 0.25})
+    'loss 1.5000, token accuracy 0.2500'
+    """
+    return ", ".join(f"{'token accuracy' if key == 'accuracy' else key.replace('_', ' ')} {value:.4f}" for key, value in figures.items())

@@ -43,6 +43,7 @@ def build_parts(config: DictConfig, run_dir: Path, resuming: bool) -> Parts:
     given = source.tokenizer if source is not None else SavedTokenizer.load(own) if resuming and own.is_dir() else None
     data.prepare(cache_dir, given)
     model = start_model(config, data.tokenizer, source, fresh=file is None)
+    tell_of_rest(config, data)
     model.train()
     model.gradient_checkpointing = bool(config.gradient_checkpointing)
     if file is not None and (difference := mismatch(model, model_weights(read_checkpoint(file)))):
@@ -51,6 +52,15 @@ def build_parts(config: DictConfig, run_dir: Path, resuming: bool) -> Parts:
     if file is not None and not config.resume_force:
         check_same_data(data_state, run_dir, config)
     return Parts(data, data.tokenizer, model, file, checkpoint_step(file) if file is not None else 0, data_state)
+
+
+def tell_of_rest(config: DictConfig, data: Any) -> None:
+    """Say which tasks' rows are drawn and train nothing, since the adapter trains what others have alone (`resting`), and what to do."""
+    resting = [name for name in getattr(build.build(config.adapter), "resting", ()) if name in getattr(data, "task_names", ())]
+    if resting:
+        weighed = isinstance(config.data.get("tasks"), DictConfig)
+        way = "; weight: 1e-6 in their entries of data.tasks draws the others alone" if weighed else ""
+        say(f"adapter: rows of {', '.join(resting)} are drawn in their share, and train nothing{way}")
 
 
 def start_model(config: DictConfig, tokenizer: Tokenizer, source: build.Run | None, fresh: bool) -> Any:
@@ -75,6 +85,10 @@ def start_model(config: DictConfig, tokenizer: Tokenizer, source: build.Run | No
             return model
         model = without_adapter(source)
     adapter.apply(model)
+    if source is None and fresh and any(True for _ in adapter_layers(model)):
+        say(
+            "ckpt: null, so that the adapter is trained on a base of random weights, which stays as it is; ckpt=RUN_DIR gives a trained one"
+        )
     if given is not None and fresh:
         numbers = build.plain((config if source is None else source.cfg).model) | {"vocab_size": model.vocab_size}
         layouts = [layout for layout in layouts_holding(numbers["_target_"]).values() if layout is not None]
@@ -146,7 +160,9 @@ def without_adapter(run: build.Run, task: str | int | None = None) -> Any:
             f"ckpt={run.path} and start from that folder"
         )
     if merge(run.model, task)["modules"]:
-        say(f"ckpt: the adapter of {run.path} was merged into its weights")
+        names = getattr(task_ids(run.model), "names", ())
+        which = f", task {task if isinstance(task, str) else names[task or 0]}," if names else ""
+        say(f"ckpt: the adapter of {run.path}{which} was merged into a copy of its weights; the run is as it was")
     if any(True for _ in adapter_layers(run.model)):
         unwrap(run.model)
     return run.model

@@ -115,6 +115,8 @@ def typed_choices(config: DictConfig) -> dict[str, str]:
     if not HydraConfig.initialized():
         return {}
     chosen = {group: str(option) for group, option in HydraConfig.get().runtime.choices.items() if option not in (None, "null")}
+    if config.ckpt:  # those of the default model, which is not built
+        chosen = {group: option for group, option in chosen.items() if not group.startswith("model/overlay")}
     return with_inherited(chosen, config.ckpt, Path(config.paths.root))
 
 

@@ -15,6 +15,7 @@ from components.losses.lm import next_token_loss
 from framework.evaluation_plots import heat_map
 
 BATCHES = 8  # held-out batches of each task that the gradients are of
+ABOUT = ("shares", "cosine", "effective_rank")  # what an adapter says of a module
 MOST_BYTES = 2**31  # of all tasks' gradients together; with more, they are not compared
 
 
@@ -60,13 +61,17 @@ def cosines(found: list[Tensor]) -> list[list[float]]:
 def interference(model: Any, sets: Mapping[str, Iterable[Batch]], device: torch.device) -> tuple[dict[str, float], list[list[float]]]:
     """Do the tasks' gradients agree? tasks/gradient_cosine: mean over all pairs; tasks/gradient_conflicts: share of pairs below 0.
 
-    Also returns the (T, T) table; ({}, []) for fewer than two tasks, and where the gradients would take more than MOST_BYTES.
+    Also returns the (T, T) table; ({}, []) for fewer than two tasks, where no two of them use a trained parameter in common, and where
+    the gradients would take more than MOST_BYTES.
     """
     trainable = sum(p.numel() for p in model.parameters() if p.requires_grad)
     if len(sets) < 2 or 4 * trainable * len(sets) > MOST_BYTES:
         return {}, []
     with torch.enable_grad():
-        table = cosines([gradients(model, batches, device) for batches in sets.values()])
+        found = [gradients(model, batches, device) for batches in sets.values()]
+    if not any(bool(((one != 0) & (other != 0)).any()) for one, other in combinations(found, 2)):
+        return {}, []
+    table = cosines(found)
     pairs = [table[i][k] for i, k in combinations(range(len(table)), 2)]
     return {
         "tasks/gradient_cosine": sum(pairs) / len(pairs),
@@ -74,10 +79,29 @@ def interference(model: Any, sets: Mapping[str, Iterable[Batch]], device: torch.
     }, table
 
 
-def draw(run_dir: Path, tasks: list[str], table: list[list[float]], shared: Mapping[str, Mapping[str, Any]]) -> list[Path]:
-    """Heat maps: interference.png, cosines of gradients; sharing.png, of updates; mixture.png, how each task mixes the common parts.
+def by_layer(shared: Mapping[str, Mapping[str, Any]]) -> dict[str, dict[str, Tensor]]:
+    """Means over the modules of each layer: `shares` (T, n), `cosine`, of a task's update with those of the others, and
+    `effective_rank`, (T,) each, float64. A layer is the first number in a module's name; one without a number stands under its own name.
 
-    shared: of an adapter that says so (`components.adapters.base.sharing`), by module; the pictures show means over the modules.
+    >>> about = {"shares": [[1.0]], "cosine": [[1.0]], "effective_rank": [2.0]}
+    >>> {layer: found["effective_rank"].tolist() for layer, found in by_layer({"layers.7.up": about, "layers.7.down": about}).items()}
+    {'7': [2.0]}
+    """
+    layers: dict[str, list[Mapping[str, Any]]] = {}
+    for name, about in shared.items():
+        layers.setdefault(next((part for part in name.split(".") if part.isdecimal()), name), []).append(about)
+    found = {}
+    for layer, modules in layers.items():
+        shares, cosine, rank = (torch.tensor([m[key] for m in modules], dtype=torch.float64).mean(0) for key in ABOUT)
+        others = (cosine.sum(-1) - cosine.diagonal()) / max(len(cosine) - 1, 1)
+        found[layer] = {"shares": shares, "cosine": others, "effective_rank": rank}
+    return found
+
+
+def draw(run_dir: Path, tasks: list[str], table: list[list[float]], shared: Mapping[str, Mapping[str, Any]]) -> list[Path]:
+    """Heat maps. interference.png: cosines of gradients. Of an adapter that says what its tasks share
+    (`components.adapters.base.sharing`, by module): sharing.png, cosines of updates, mean over the modules; mixture.png, how each task
+    mixes the common parts, and sharing_layers.png, cosines and effective ranks of updates, both layer by layer.
     """
     made = []
     if table:
@@ -87,10 +111,17 @@ def draw(run_dir: Path, tasks: list[str], table: list[list[float]], shared: Mapp
         alike = torch.tensor([about["cosine"] for about in shared.values()]).mean(0).tolist()
         made.append(run_dir / "sharing.png")
         heat_map({"update_cosine": alike}, tasks, tasks, ("", ""), made[-1], "cosine of the tasks' weight updates, mean over modules")
-        mixture = torch.tensor([about["shares"] for about in shared.values()]).mean(0).tolist()
+        layers = by_layer(shared)
+        shares = torch.stack([found["shares"] for found in layers.values()])  # (layers, T, n)
+        parts = {f"part_{i + 1}_weight": part.tolist() for i, part in enumerate(shares.unbind(-1))}
         made.append(run_dir / "mixture.png")
-        parts = [str(i + 1) for i in range(len(mixture[0]))]
-        heat_map({"mixture_weight": mixture}, tasks, parts, ("", "common part"), made[-1], "weight of each part, mean over modules")
+        heat_map(parts, list(layers), tasks, ("layer", ""), made[-1], "weight of each common part in each layer")
+        figures = {
+            "update_cosine": [found["cosine"].tolist() for found in layers.values()],
+            "effective_rank": [found["effective_rank"].tolist() for found in layers.values()],
+        }
+        made.append(run_dir / "sharing_layers.png")
+        heat_map(figures, list(layers), tasks, ("layer", ""), made[-1], "a task's update: mean cosine with the others', effective rank")
     return made
 
 

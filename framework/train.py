@@ -35,6 +35,7 @@ from framework.callbacks.throughput import Throughput
 from framework.checkpoint import AtomicCheckpointIO
 from framework.datamodule import StreamDataModule
 from framework.estimate import count_parameters, estimate
+from framework.likelihood import in_words
 from framework.logging import LocalLogger, RunLogger, read_rows, say, say_text, write_summary
 from framework.opening import open_run
 from framework.parts import Parts, build_parts, save_setup, with_head
@@ -257,7 +258,7 @@ class Session:
             for name, batches in sets.items():
                 result = self.task.evaluate(batches)  # type: ignore[operator]
                 found |= {f"eval/{name}/{key}": value for key, value in result.items()}
-                say(f"{name}: " + ", ".join(f"{key} {value:.4f}" for key, value in result.items()))
+                say(f"{name}: {in_words(result)}")
             if tasks := list(getattr(self.parts.data, "task_names", ())):
                 found |= self.report_tasks(tasks, found, {name: sets[name] for name in tasks if name in sets})
         return found
@@ -271,7 +272,7 @@ class Session:
         if self.service is not None:
             self.service.log_images({path.stem: path for path in pictures})
         found = means(measured, tasks) | conflict | sharing_figures(shared)
-        say("over the tasks: " + ", ".join(f"{key.removeprefix('tasks/').replace('_', ' ')} {value:.4f}" for key, value in found.items()))
+        say(f"over the tasks: {in_words({key.removeprefix('tasks/'): value for key, value in found.items()})}")
         return found
 
     def finish(self) -> dict[str, float]:

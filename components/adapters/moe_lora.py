@@ -162,6 +162,13 @@ class MoELoRA(LowRankAdapter):
         begun = adapter_state(model) if self.router == "modality" else {}
         load_adapter_state(model, {**begun, **state}, source)
 
+    @property
+    def resting(self) -> tuple[str, ...]:
+        """Modes whose rows train nothing (router=modality)."""
+        if self.router != "modality" or self.modules_to_save or self.train_bias != "none":
+            return ()
+        return tuple(mode for mode, expert in self.rules.items() if expert not in self.train)
+
     def apply(self, model: nn.Module) -> dict[str, Any]:
         """Wrap the targets in place and freeze the rest; the model's outputs do not change. See `components.adapters.base.inject`."""
         if self.router == "modality":

@@ -206,6 +206,11 @@ class MTLLoRA(LowRankAdapter):
         """A key that has a meaning only for an adapter that has learned: B is zero at the start, so that no row of a task would move."""
         return "train" if self.train else "new_from" if self.new_from != "mean" else None
 
+    @property
+    def resting(self) -> tuple[str, ...]:
+        """Tasks whose rows train nothing."""
+        return tuple(name for name in self.tasks if self.train and name not in self.train)
+
     def apply(self, model: nn.Module) -> dict[str, Any]:
         """Wrap the targets in place and freeze the rest; the model's outputs do not change. See `components.adapters.base.inject`.
 

@@ -116,6 +116,11 @@ class MultitaskData(TaskData):
         self.task_names = tuple(tasks)
         self.source = f"{len(tasks)} tasks: {', '.join(tasks)}"
 
+    @property
+    def chat_template(self) -> str:
+        """As `render`, in Jinja."""
+        return self._template.chat_template
+
     def _corpora(self) -> Sequence[Corpus]:
         return self._tasks
 

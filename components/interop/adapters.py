@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from components.adapters.base import adapter_layers, task_ids
+from components.adapters.base import adapter_layers, by_token, task_ids
 from components.adapters.base.low_rank import fits
 from components.adapters.base.peft_files import CONFIG, KEY_PREFIX, ROUTING, read_folder, write_folder, write_routing
 from components.adapters.lora import LoRA
@@ -42,7 +42,12 @@ def kept_adapters(adapter: Any, model: nn.Module, task: str | int | None) -> Kep
     names = holder.names if holder is not None else ()
     routing: dict[str, str | None] | None = adapter.routing() if hasattr(adapter, "routing") else None
     if routing is None and (hasattr(adapter, "routing") or (names and not hasattr(adapter, "export_peft"))):
-        raise UserError(f"task.adapter: keep, but {type(adapter).__name__} is no plain LoRA for each task; use task.adapter=merge")
+        remedy = (
+            "nor can it be merged, since it weighs its parts anew for each token: it answers here alone, unmerged (generate.py ckpt=RUN)"
+            if by_token(model)
+            else "use task.adapter=merge"
+        )
+        raise UserError(f"task.adapter: keep, but {type(adapter).__name__} is no plain LoRA for each task; {remedy}")
     wanted = [names[holder.index(task)]] if holder is not None and task is not None else list(names) or ["adapter"]
     kept = Kept(routing=None if routing is None else {mode: routing[mode] for mode in wanted})
     for name in wanted:
@@ -91,7 +96,7 @@ def write_adapters(folder: Path, kept: Kept, names: Mapping[str, str], theirs: M
 
     names: see `module_names`; theirs: all tensors of the base.
     """
-    modules = [name.removesuffix(".weight") for name in theirs if name.endswith(".weight")]
+    modules = _modules(theirs)
     for name, (config, state) in kept.loras.items():
         last = sorted({place.rpartition(".")[2] for place in names.values()})
         short = _targeted(last, modules) == set(names.values())
@@ -109,7 +114,7 @@ def read_back(folder: Path, kept: Kept, name: str, names: Mapping[str, str], the
     """
     found = read_folder(folder / name)
     back = {place: own for own, place in names.items()}
-    modules = [place.removesuffix(".weight") for place in theirs if place.endswith(".weight")]
+    modules = _modules(theirs)
     (config, state), (_, wanted) = _renamed(found, back), kept.loras[name]
     if state.keys() != wanted.keys() or not all(torch.equal(state[key], tensor) for key, tensor in wanted.items()):
         raise RuntimeError(f"{folder / name}: the tensors did not survive the export")
@@ -141,24 +146,62 @@ def load_renamed(adapter: Any, model: nn.Module, folder: str, layouts: Iterable[
             raise UserError(str(error).replace(place, str(folder))) from None
 
 
+def put_on(model: nn.Module, folder: Path, layouts: Iterable[Any], config: Mapping[str, Any]) -> None:
+    """Wrap `model`, our base without an adapter, as the LoRA in `folder` says and read it; layouts, config: as for `load_renamed`.
+
+    Raises UserError for a folder that is missing, damaged or no plain LoRA, and for modules that the model lacks.
+    """
+    names = _their_names(model, folder, layouts, config)
+    about, state = read_folder(folder)
+    modules = _adapted(state)
+    if lacking := [name for name in modules if name not in (names or _modules(model.state_dict()))]:
+        raise UserError(f"{folder}: adapts {lacking[0]}, which this model does not have; it belongs to another base")
+    with tempfile.TemporaryDirectory() as place:
+        about, state = _renamed((about, state), names or {name: name for name in modules})
+        targets = "|".join(re.escape(name) for name in _adapted(state))
+        write_folder(Path(place), {**about, "target_modules": targets}, state)
+        try:
+            adapter = LoRA.from_folder(place)
+            adapter.apply(model)
+            adapter.load(model, place)
+        except UserError as error:
+            raise UserError(str(error).replace(place, str(folder))) from None
+
+
+def _adapted(state: Iterable[str]) -> list[str]:
+    """Names of the modules that the tensors of a folder belong to."""
+    return list(dict.fromkeys(key.removeprefix(KEY_PREFIX).partition(".lora_")[0] for key in state))
+
+
 def _their_names(model: nn.Module, folder: Path, layouts: Iterable[Any], config: Mapping[str, Any]) -> dict[str, str]:
-    """{name of a module in the folder: ours}; {} where it has our names, or those of no layout."""
+    """{name of a module in the folder: ours}, of the wrapped ones, else of all; {} where it has our names, or those of no layout."""
     if not folder.is_dir():
         return {}
     about, state = read_folder(folder)
-    modules = {key.removeprefix(KEY_PREFIX).partition(".lora_")[0] for key in state}
-    wrapped = [name for name, _ in adapter_layers(model)]
-    if about.get("peft_type") != "LORA" or modules <= set(wrapped):
-        return {}
+    modules, wrapped = set(_adapted(state)), [name for name, _ in adapter_layers(model)]
     ours = {name.replace(".base_layer.", "."): tensor for name, tensor in model.state_dict().items() if ".lora_" not in name}
+    if about.get("peft_type") != "LORA" or modules <= set(wrapped or _modules(ours)):
+        return {}
     for layout in layouts:
         try:
-            names = {theirs: own for own, theirs in module_names(wrapped, ours, layout.undo(ours, config)).items()}
+            theirs = layout.undo(ours, config)
+            names = {place: own for own, place in module_names(wrapped or _whole(ours, theirs), ours, theirs).items()}
         except UserError:  # it stores a wrapped module in pieces
             continue
         if modules <= names.keys():
             return names
     return {}
+
+
+def _modules(tensors: Iterable[str]) -> list[str]:
+    """Names of the modules with a weight."""
+    return [name.removesuffix(".weight") for name in tensors if name.endswith(".weight")]
+
+
+def _whole(ours: Mapping[str, Tensor], theirs: Mapping[str, Tensor]) -> list[str]:
+    """Those of our modules whose weight the other layout stores as it is."""
+    places = {(tensor.data_ptr(), tensor.shape) for tensor in theirs.values()}
+    return [name for name in _modules(ours) if ((weight := ours[f"{name}.weight"]).data_ptr(), weight.shape) in places]
 
 
 def _targeted(targets: str | list[str], modules: Iterable[str]) -> set[str]:

@@ -13,6 +13,7 @@ from tokenizers import Tokenizer as Backend
 from tokenizers import processors
 
 from components.data.chat import CHAT_TURN
+from components.data.templates import from_chat_template
 from components.data.tokenizers import EOT, FILE_NAME, Tokenizer
 from components.interop.files import CONFIG, read_json
 
@@ -65,10 +66,21 @@ def named_end(file: Path) -> str | None:
 
 def data_option(file: Path) -> str | None:
     """The option of the group `data` that writes turns as the chat template beside a tokenizer.json does; None for none that is known."""
+    template = _chat_template(file)
+    return "chat" if template is not None and CHAT_TURN in template else "multitask" if prompt_template(file) is not None else None
+
+
+def prompt_template(file: Path) -> str | None:
+    """The prompt of an instruction, a text with {instruction} in it, where the chat template beside a tokenizer.json is one of ours."""
+    template = _chat_template(file)
+    return None if template is None else from_chat_template(template)
+
+
+def _chat_template(file: Path) -> str | None:
     template = beside(file).get("chat_template")
     if (file.parent / CHAT_TEMPLATE).is_file():
         template = (file.parent / CHAT_TEMPLATE).read_text(encoding="utf-8", errors="replace")
-    return "chat" if isinstance(template, str) and CHAT_TURN in template else None
+    return template if isinstance(template, str) else None
 
 
 def beside(file: Path) -> dict[str, Any]:

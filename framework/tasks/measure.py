@@ -7,7 +7,7 @@ import torch
 from components.contracts import UserError
 from components.losses.lm import bits_per_byte
 from framework.build import read_config
-from framework.likelihood import label_likelihood
+from framework.likelihood import in_words, label_likelihood
 from framework.procedure import Context, Procedure, autocast, refuse_unheard
 
 
@@ -33,7 +33,7 @@ class Measure(Procedure):
                 metrics["val/bits_per_byte"] = bits_per_byte(held_out["loss"] * held_out["labels"], context.data.val_bytes)
             for name, batches in context.data.evaluations().items():
                 found = label_likelihood(context.model, batches, context.device)
-                context.progress(f"{name}: loss {found['loss']:.4f}, accuracy {found['accuracy']:.4f}")
+                context.progress(f"{name}: {in_words({key: found[key] for key in ('loss', 'accuracy')})}")
                 metrics |= {f"eval/{name}/{key}": found[key] for key in ("loss", "accuracy")}
         context.log(metrics, 0)
         return metrics

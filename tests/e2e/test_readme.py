@@ -19,13 +19,19 @@ COMMANDS = sorted({m[0].split("  ")[0].strip() for text in SOURCES for m in re.f
 def test_command_is_accepted(command):
     words = shlex.split(command)[1:]
     script, words = words[0].removesuffix(".py"), [quoted(w) for w in words[1:] if "=" in w]
-    free = [re.sub(r"\{.*\}|\[.*\]", "", w) for w in words if not w.startswith(("prompt", "data.path"))]
+    free = [re.sub(r"\{.*\}|\[.*\]|\".*\"", "", w) for w in words if not w.startswith(("prompt", "data.path"))]
     if any("," in w for w in free):  # a sweep: each value on its own
         words = [w.split(",")[0] for w in words]
     try:
         compose(script, words)
     except ConfigErrors as error:
         raise AssertionError(f"{command}: {error}") from error
+
+
+def test_targets_by_role_and_by_regex_arrive_as_they_are_shown():
+    shown = [shlex.split(command)[1:] for command in COMMANDS if "adapter.targets=" in command]
+    targets = [compose("train", [word for word in words if word.startswith(("adapter", "model"))]).adapter.targets for words in shown]
+    assert sorted(targets) == [r".*\.(qkv_proj|o_proj)", "role:qkv,o"]
 
 
 def test_python_example_runs():

@@ -51,9 +51,15 @@ def test_how_it_learns_may_change_and_what_it_is_may_not(home, run, tmp_path):
         build_parts(config, tmp_path / "c", False)
 
 
-def test_a_task_comes_to_it_and_the_others_keep_every_bit(home, tmp_path):
+RANDOM = "trained on a base of random weights, which stays as it is"
+
+
+def test_a_task_comes_to_it_and_the_others_keep_every_bit(home, tmp_path, capsys):
     """Two tasks, then a third: its rows begin at the mean, or at the task that is named; with adapter.train they alone are trained."""
     train(compose("train", words(home, *ADAPTED, "trainer.max_steps=2", tasks=TASKS[:2])), tmp_path / "two")
+    said = " ".join(capsys.readouterr().out.split())
+    assert RANDOM in said and "train nothing" not in said and "gradient cosine" in said
+    assert "plus: loss " in said and "over the tasks: loss " in said and said.count(", token accuracy ") == 3
     old, more = state_of(tmp_path / "two"), words(home, *ADAPTED, f"ckpt={tmp_path / 'two'}", "trainer.max_steps=2")
     whole = build_parts(compose("train", [*more, "adapter.new_from=minus"]), tmp_path / "a", False).model.state_dict()
     mean = build_parts(compose("train", more), tmp_path / "a", False).model.state_dict()
@@ -64,7 +70,11 @@ def test_a_task_comes_to_it_and_the_others_keep_every_bit(home, tmp_path):
     with pytest.raises(UserError, match=r"^adapter.new_from: 'minos'; allowed are mean, and .*did you mean minus\?"):
         build_parts(compose("train", [*more, "adapter.new_from=minos"]), tmp_path / "a", False)
     config = compose("train", [*more, "adapter.train=[times]", "optimizer.weight_decay=0.5"])
+    capsys.readouterr()
     train(config, tmp_path / "three")
+    said = " ".join(capsys.readouterr().out.split())
+    assert "rows of plus, minus are drawn in their share, and train nothing; weight: 1e-6 in their entries of data.tasks draws" in said
+    assert RANDOM not in said and "over the tasks: " in said and "gradient" not in said.split("over the tasks: ")[1]
     after = state_of(tmp_path / "three")
     assert not changed(old, {key: after[key] for key in old}) and any(not torch.equal(after[f"{k}_new"], mean[k][2:]) for k in of_tasks)
     assert all(after[f"{key}_new"].shape[0] == 1 for key in of_tasks)
@@ -78,11 +88,13 @@ def test_rows_alone_are_the_last_of_the_tasks(home):
             build(compose("train", words(home, *ADAPTED, f"adapter.train={names}")).adapter)
 
 
-def test_experts_are_trained_one_after_another(home, tmp_path):
+def test_experts_are_trained_one_after_another(home, tmp_path, capsys):
     """The first keeps every bit while the second is trained, and a third may come to them."""
     base = words(home, *MODES, "trainer.max_steps=2", tasks=TASKS[:2])
     train(compose("train", [*base, "adapter.train=[law]"]), tmp_path / "law")
+    capsys.readouterr()
     train(compose("train", [*base, "adapter.train=[med]", f"ckpt={tmp_path / 'law'}"]), tmp_path / "med")
+    assert "rows of plus are drawn" in capsys.readouterr().out
     before, after = state_of(tmp_path / "law"), state_of(tmp_path / "med")
     moved = changed(before, after)
     assert moved and all(key.endswith(".med") for key in moved)
@@ -122,6 +134,8 @@ def test_a_token_router_asks_for_no_task_and_is_gone_on_with(home, call, tmp_pat
     assert code == 0, err
     code, _, err = call(f"ckpt={tmp_path / 'run'}", "prompt=a", "adapter.merge=true")
     assert code == 2 and "weighs its experts anew for each token; leave it unmerged" in err and "adapter.task" not in err
+    code, _, err = call(f"ckpt={tmp_path / 'run'}", "prompt=a", "adapter.task=plus")
+    assert code == 2 and "adapter.task: 'plus', but the adapter of" in err and "weighs its parts by the token, whatever the task" in err
     model = build_parts(compose("train", [*routed, "adapter.aux.balance=0.1", f"ckpt={tmp_path / 'run'}"]), tmp_path / "a", False).model
     assert not changed(state_of(tmp_path / "run"), model.state_dict())
     with pytest.raises(UserError, match=r"weighs its parts anew for each token.*go on with the same adapter"):

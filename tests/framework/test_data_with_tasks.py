@@ -231,14 +231,18 @@ def test_an_export_holds_the_weights_of_the_task(call, run, tmp_path, more):
     assert len(merged) == len(written)
     for key, value in merged.items():
         assert any(torch.equal(value, other) for other in written.values() if value.shape == other.shape), key
+    same = [call("prompt='3 + 4'", *words)[:2] for words in (["adapter.task=minus"], [f"ckpt={tmp_path / 'folder'}"])]
+    assert same[0] == same[1] and same[0][0] == 0  # the run's template goes along
 
 
-def test_training_on_from_several_tasks_is_refused(home, run, tmp_path):
+def test_training_on_from_several_tasks_is_refused(home, run, tmp_path, capsys):
     config = compose("train", words(home, "model=phi4mini", f"ckpt={run}"))
     with pytest.raises(UserError, match=r"ckpt: .* has an adapter with 3 tasks \(plus, minus, times\).*task=export adapter.task=NAME"):
         build_parts(config, tmp_path, False)
     loaded = load_run(run)
     model = without_adapter(loaded, "minus")
+    said = " ".join(capsys.readouterr().out.split())
+    assert said.endswith(f"the adapter of {run}, task minus, was merged into a copy of its weights; the run is as it was")
     assert not len(task_ids(model)) and not any("lora" in name for name, _ in model.named_parameters())
 
 

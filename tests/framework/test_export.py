@@ -11,8 +11,10 @@ from components.data.tokenizers import bytes_tokenizer
 from components.rope.dynamic import Dynamic
 from framework import build
 from framework.engines.native import NativeEngine
+from framework.entry import as_text
 from framework.export import Export, layout_for
 from framework.export import export as write
+from framework.generate import run_renderer
 from tests.components.interop.models import logits
 from tests.framework.interchange import LONG, SHORT, phi_run, said
 
@@ -86,6 +88,28 @@ def test_transformers_reads_a_folder_with_two_tables(runs, export, tmp_path):
     answer = theirs.generate(torch.tensor([ids]), max_new_tokens=40, do_sample=False)[0, len(ids) :].tolist()
     ours = NativeEngine(run.model, run.tokenizer).generate([ids], SamplingParams(max_new_tokens=40, temperature=0))[0]
     assert answer == ours.token_ids  # across the switch, stop ids and ids that are never said included
+
+
+FORM = 'Say "{instruction}"\n{% \\{{ }} \\n é \U0001f600 \'#}\n\n### {instruction}:\n'
+
+
+def test_the_prompt_of_an_instruction_goes_along(runs, export, tmp_path):
+    """transformers' chat template and our own way back ask with the ids that the run asks with; other conversations are refused."""
+    transformers = pytest.importorskip("transformers", reason="the parity oracle; comes with the dev extra")
+    form = ["data=multitask", "data.tasks={a: {path: gone.json}}", f"data.template.without_input={as_text(FORM)}"]
+    phi_run(runs / "instructed", "rope=none", *form)
+    code, _, err = export("instructed")
+    assert code == 0 and "prompts: chat_template.jinja words what a user says as the run does" in err, err
+    run, again = build.load_run(runs / "instructed"), build.load_run(said(tmp_path / "hf", tmp_path))
+    assert run.cfg.data.template.without_input == FORM
+    asked = run_renderer(run)("Why {{x}} {instruction}?")
+    assert asked == [256, *FORM.replace("{instruction}", "Why {{x}} {instruction}?").encode()]
+    assert run_renderer(again)("Why {{x}} {instruction}?") == asked
+    tokenizer = transformers.AutoTokenizer.from_pretrained(tmp_path / "hf")
+    turn = {"role": "user", "content": "Why {{x}} {instruction}?"}
+    assert tokenizer.apply_chat_template([turn], add_generation_prompt=True, return_dict=False) == asked
+    with pytest.raises(Exception, match="one message of the user"):
+        tokenizer.apply_chat_template([turn, turn])
 
 
 CELLS = [("transformers", "always_long", 1.3, LONG), ("vllm", "always_short", 1.0, SHORT)]

@@ -130,6 +130,41 @@ def test_peft_generates_what_we_generate(home, export, tmp_path, name, tasks):
     assert base not in said and all(said.count(one) == 1 for one in said)
 
 
+@pytest.fixture
+def ask(home, tmp_path, capfd):
+    """ask(ckpt, words...) -> (exit code, stdout, stderr) of a greedy answer to a fixed prompt."""
+
+    def run_it(ckpt, *words):
+        places = [f"paths.root={home}", f"paths.cache_dir={tmp_path / 'cache'}", f"hydra.run.dir={tmp_path / 'out'}"]
+        code = generate.main([*places, f"ckpt={ckpt}", "decode=greedy", "max_new_tokens=12", "prompt=ab", *words])
+        return code, *capfd.readouterr()
+
+    return run_it
+
+
+def test_a_kept_adapter_answers_by_its_name(home, export, ask, tmp_path):
+    """As its task does in the run; without a name the base answers, and says so."""
+    code, err = export("mtl_lora")
+    assert code == 0, err
+    folder, said = tmp_path / "hf", {}
+    for task in ("copy", "sort"):
+        code, said[task], err = ask(folder, f"adapter.task={task}")
+        assert code == 0, err
+        assert said[task] == ask(home / "mtl_lora", f"adapter.task={task}")[1] and "answers alone" not in err
+    code, base, err = ask(folder)
+    assert code == 0 and f"ckpt={folder}: the base answers alone; the adapters beside it: adapter.task=copy | sort" in err
+    assert base == ask(folder, "adapter.task=-1")[1] == ask(home / "mtl_lora", "adapter.task=-1")[1] and len({base, *said.values()}) == 3
+    code, _, err = ask(folder, "adapter.task=sorted")
+    assert code == 2 and f"adapter.task: 'sorted'; the adapters in {folder}/adapters are copy, sort; did you mean 'sort'?" in err
+
+
+def test_the_mode_of_a_kept_expert_names_it_too(home, export, ask, tmp_path):
+    assert export("modes")[0] == 0
+    answers = {name: ask(tmp_path / "hf", f"adapter.task={name}")[1] for name in ("copy", "reverse", "b")}
+    assert answers["copy"] == ask(home / "modes", "adapter.task=copy")[1] != answers["b"] == answers["reverse"]
+    assert answers["b"] == ask(home / "modes", "adapter.task=reverse")[1]
+
+
 def test_it_starts_an_adapter_on_its_own_base(home, export, tmp_path):
     """The folder has the module names of transformers, which are mapped to ours; one with those of neither is refused as it is."""
     assert export("lora")[0] == 0
@@ -239,7 +274,7 @@ def test_merged_and_kept_exclude_each_other(export, tmp_path):
     ("name", "words"),
     [
         ("dora", "use_dora=True"),
-        ("moe_lora", "MoELoRA is no plain LoRA"),
+        ("moe_lora", "MoELoRA is no plain LoRA for each task; nor can it be merged, since it weighs its parts anew for each token"),
         ("biases", "modules_to_save=['norm']"),
         ("none", "trained without an adapter"),
     ],

@@ -2,16 +2,20 @@
 
 import json
 import re
+from types import SimpleNamespace
 
 import pytest
 import torch
+from omegaconf import OmegaConf
 
 import train as command
 from components.optim.adamw import adamw
 from framework import estimate
+from framework import preflight as checks
 from framework.build import build_model, compose
 from framework.estimate import occurrences, trial
 from framework.preflight import parameters_by_owner, preflight
+from framework.runs import write_state
 from tests.e2e import commands
 from tests.framework.training import config
 
@@ -42,6 +46,25 @@ def test_figures_of_a_small_run(tmp_path, capsys, brief):
     for words in ("components.adapters.lora.LoRA", f"this run takes {found.tokens:,}", "100 steps of", "nothing was trained"):
         assert words in out
     assert not (tmp_path / "run").exists()
+
+
+def test_parts_are_those_of_the_run_that_is_started_from(tmp_path, monkeypatch):
+    """Not the default model's, nor the values that it has at a size."""
+    write_state(tmp_path, choices={"model": "phi4mini", "model/size": "test"})
+    chosen = {
+        "model": "samba",
+        "model/size": "tiny",
+        "model/overlay": "samba_tiny",
+        "model/overlay@model": "samba_base_tiny",
+        "data": "text",
+    }
+    hydra = SimpleNamespace(initialized=lambda: True, get=lambda: SimpleNamespace(runtime=SimpleNamespace(choices=chosen)))
+    monkeypatch.setattr(checks, "HydraConfig", hydra)
+    paths = {"root": str(tmp_path)}
+    assert checks.typed_choices(OmegaConf.create({"ckpt": str(tmp_path), "paths": paths})) == {
+        "model": "phi4mini", "model/size": "test", "data": "text",
+    }  # fmt: skip
+    assert checks.typed_choices(OmegaConf.create({"ckpt": None, "paths": paths})) == chosen
 
 
 def test_shared_parameters_count_once_and_by_role(tmp_path):

@@ -8,7 +8,8 @@ from torch import nn
 
 import train
 from components.contracts import Batch, ModelOutput
-from framework.task_report import cosines, interference, sharing_figures
+from framework import evaluation_plots
+from framework.task_report import by_layer, cosines, draw, interference, sharing_figures
 
 PIXELS = b"\x89PNG"
 
@@ -52,6 +53,38 @@ def test_cosines_of_gradients_of_a_bigram_model():
     assert cosines([torch.tensor([1.0, 0.0]), torch.tensor([0.0, 1.0])])[0][1] == 0.0
 
 
+def test_tasks_without_a_parameter_in_common_have_no_cosine():
+    """As where the rows of one new task alone are trained: 0 would read as "they do not pull apart"."""
+    assert interference(Bigram(), {"a": rows((0, 1)), "b": rows((3, 2))}, torch.device("cpu")) == ({}, [])
+
+
+SHARED = {
+    "layers.0.up": {"shares": [[0.2, 0.8], [0.6, 0.4]], "cosine": [[1.0, -0.5], [-0.5, 1.0]], "effective_rank": [1.0, 2.0]},
+    "layers.0.down": {"shares": [[0.4, 0.6], [0.6, 0.4]], "cosine": [[1.0, 0.1], [0.1, 1.0]], "effective_rank": [3.0, 2.0]},
+    "layers.1.up": {"shares": [[1.0, 0.0], [0.0, 1.0]], "cosine": [[1.0, 0.8], [0.8, 1.0]], "effective_rank": [1.0, 1.5]},
+}
+
+
+def test_what_tasks_share_is_drawn_by_layer_with_fixed_colours(tmp_path, monkeypatch):
+    found = by_layer(SHARED)
+    assert list(found) == ["0", "1"] and list(by_layer({"adapter_input": SHARED["layers.1.up"]})) == ["adapter_input"]
+    assert found["0"]["shares"].tolist() == [[pytest.approx(0.3), pytest.approx(0.7)], [0.6, 0.4]]
+    assert found["0"]["cosine"].tolist() == [pytest.approx(-0.2)] * 2 and found["0"]["effective_rank"].tolist() == [2.0, 2.0]
+    pictures = {}
+    monkeypatch.setattr(evaluation_plots, "save", lambda figure, path: pictures.update({path.stem: figure}))
+    assert [path.stem for path in draw(tmp_path, ["a", "b"], [[1.0, 0.3], [0.3, 1.0]], SHARED)] == list(pictures)
+    images = {name: [axes.images[0] for axes in figure.axes] for name, figure in pictures.items()}
+    assert {name: [image.get_clim() for image in some] for name, some in images.items() if name != "sharing_layers"} == {
+        "interference": [(-1, 1)], "sharing": [(-1, 1)], "mixture": [(0, 1)] * 2,
+    }  # fmt: skip
+    first, second = (image.get_array().tolist() for image in images["mixture"])
+    assert first == [[pytest.approx(0.3), 0.6], [1.0, 0.0]] and second == [[pytest.approx(0.7), 0.4], [0.0, 1.0]]
+    alike, ranks = images["sharing_layers"]
+    assert alike.get_clim() == (-1, 1) and alike.get_array().tolist() == [[pytest.approx(-0.2)] * 2, [0.8, 0.8]]
+    assert ranks.get_array().tolist() == [[2.0, 2.0], [1.0, 1.5]]
+    assert [text.get_text() for text in pictures["mixture"].axes[0].get_yticklabels()] == ["0", "1"]
+
+
 def test_sharing_in_two_numbers():
     shared = {
         "a": {"cosine": [[1.0, 0.5], [0.5, 1.0]], "effective_rank": [1.0, 2.0]},
@@ -61,7 +94,9 @@ def test_sharing_in_two_numbers():
     assert sharing_figures({}) == {}
 
 
-@pytest.mark.parametrize(("adapter", "pictures"), [("mtl_lora", {"interference", "sharing", "mixture"}), ("lora", {"interference"})])
+@pytest.mark.parametrize(
+    ("adapter", "pictures"), [("mtl_lora", {"interference", "sharing", "mixture", "sharing_layers"}), ("lora", {"interference"})]
+)
 def test_a_run_writes_figures_and_pictures(tmp_path, adapter, pictures):
     words = [
         "model=phi4mini",

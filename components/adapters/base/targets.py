@@ -33,7 +33,9 @@ def select_modules(
     chosen = [name for name in _matches(model, leaves, targets, roles, opaque) if dropped is None or not dropped.fullmatch(name)]
     if not chosen:
         outside = " outside adapter.exclude" if exclude else ""
-        raise UserError(f"adapter.targets: {_shown(targets)} matches no module{outside}; {_nearest(targets, leaves)}")
+        tied = _asks_for_head(targets) and bool(roles) and "head" not in roles.values()
+        why = "the head is tied to the embedding and no module of its own; " if tied else ""
+        raise UserError(f"adapter.targets: {_shown(targets)} matches no module{outside}; {why}{_nearest(targets, leaves)}")
     for name in chosen:
         if roles.get(f"{name}.weight") == "head":
             raise UserError(f"adapter.targets: {_shown(targets)} matches the head {name}, whose weight the loss reads; set adapter.exclude")
@@ -50,6 +52,10 @@ def select_modules(
                 "narrow the pattern or set adapter.exclude"
             )
     return chosen
+
+
+def _asks_for_head(targets: str | Sequence[str]) -> bool:
+    return isinstance(targets, str) and targets.startswith("role:") and "head" in targets.removeprefix("role:").replace(" ", "").split(",")
 
 
 def modules_ending_in(model: nn.Module, endings: Sequence[str], key: str) -> list[str]:

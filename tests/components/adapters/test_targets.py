@@ -52,6 +52,14 @@ def test_mistakes_are_named_and_change_nothing(targets, exclude, words):
     assert [(name, p.requires_grad) for name, p in model.named_parameters()] == before
 
 
+def test_a_head_that_is_tied_has_no_module():
+    model = Toy()
+    own = {name: role for name, role in model.roles().items() if role != "head"}
+    model.roles = lambda: own
+    with pytest.raises(UserError, match="matches no module; the head is tied to the embedding and no module of its own; nearest linear"):
+        lora(targets="role:head").apply(model)
+
+
 def test_twenty_nearest_names_at_most():
     model = nn.ModuleDict({f"layer_{i}": nn.Linear(2, 2) for i in range(30)})
     with pytest.raises(UserError) as caught:

@@ -6,8 +6,9 @@ import pytest
 from tokenizers import Tokenizer as Backend
 from tokenizers import processors
 
+from components.data.templates import PromptTemplate
 from components.data.tokenizers import EOT, Tokenizer, bytes_tokenizer
-from components.interop.companions import data_option, named_end, write_companions
+from components.interop.companions import data_option, named_end, prompt_template, write_companions
 
 # Of a published chat model, whose conversations are written as ours but for the tools
 PUBLISHED = (
@@ -15,6 +16,8 @@ PUBLISHED = (
     "message['content'] + '<|tool|>' + message['tools'] + '<|/tool|>' + '<|end|>' }}{% else %}{{ '<|' + message['role'] + '|>' + "
     "message['content'] + '<|end|>' }}{% endif %}{% endfor %}{% if add_generation_prompt %}{{ '<|assistant|>' }}{% endif %}"
 )
+
+OURS = PromptTemplate("{instruction}{input}", "Do {instruction}: ").chat_template
 
 
 @pytest.fixture
@@ -62,6 +65,6 @@ def test_the_end_of_text_that_a_folder_names(folder, token):
 def test_conversations_are_known_by_their_template(folder, place):
     file = folder / "tokenizer.json"
     assert data_option(file) is None
-    for template, option in ((PUBLISHED, "chat"), ("{{ messages[0]['content'] }}", None)):
+    for template, option in ((PUBLISHED, "chat"), (OURS, "multitask"), (OURS + "!", None), ("{{ messages[0]['content'] }}", None)):
         (folder / place).write_text(json.dumps({"chat_template": template}) if place.endswith("json") else template)
-        assert data_option(file) == option
+        assert data_option(file) == option and prompt_template(file) == ("Do {instruction}: " if template == OURS else None)

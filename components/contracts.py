@@ -360,7 +360,19 @@ class Result:
 
 
 CANCELLED = "cancelled"  # error of a request that was
-OnPiece = Callable[[str, int, str], None]
+
+
+@dataclass(frozen=True)
+class Piece:
+    """What a completion has got since its last piece, of Completion's fields. Tokens whose text is held back come with a later piece."""
+
+    text: str
+    token_ids: list[int] = field(default_factory=list)
+    logprobs: list[float] = field(default_factory=list)
+    alternatives: list[dict[int, float]] | None = None
+
+
+OnPiece = Callable[[str, int, Piece], None]
 
 
 class Engine(Protocol):
@@ -395,7 +407,7 @@ class Engine(Protocol):
     def stream(self, requests: AsyncIterable[Request], *, concurrency: int, on_piece: OnPiece | None = None) -> AsyncIterator[Result]:
         """Results in any order, at most `concurrency` requests at a time. One that fails has an error and ends nothing.
 
-        on_piece: called in the event loop with (request id, index of the completion, text) as it is written, or once with all of it.
+        on_piece: called in the event loop with (request id, index of the completion, piece) as it is written, or once with all of it.
         """
         ...
 

@@ -6,7 +6,7 @@ import asyncio
 import json
 import secrets
 import time
-from collections.abc import AsyncGenerator, AsyncIterator
+from collections.abc import AsyncGenerator, AsyncIterator, Sequence
 from contextlib import aclosing, asynccontextmanager
 from dataclasses import replace
 from typing import Any
@@ -16,7 +16,7 @@ from fastapi import Request as Call
 from fastapi.exceptions import RequestValidationError
 from fastapi.responses import JSONResponse, Response, StreamingResponse
 
-from components.contracts import Completion, Diagnostics, Engine, Prompt, Request, Result, SamplingParams, UserError
+from components.contracts import Completion, Diagnostics, Engine, Piece, Prompt, Request, Result, SamplingParams, UserError
 from components.decoding.constraints import constraint
 from components.decoding.params import check_params
 from framework.build import Run
@@ -25,7 +25,8 @@ from framework.server_forms import Asked, ChatForm, CompletionForm
 
 HUNG_UP = 499  # what servers note where nobody is left to hear it
 MOST_TOKENS = 1 << 20  # of an answer, where the engine knows no end
-Piece = tuple[int, str]  # index of the completion, and its next text
+Said = tuple[int, Piece] | Result  # index of the completion and its next piece, or the end of all
+Ask = tuple[Prompt, SamplingParams]
 
 
 class Hub:
@@ -34,7 +35,7 @@ class Hub:
     def __init__(self, engine: Engine, concurrency: int) -> None:
         self.engine, self.concurrency, self.answered, self.cancelled = engine, concurrency, 0, 0
         self._arrived: asyncio.Queue[Request] = asyncio.Queue()
-        self._callers: dict[str, asyncio.Queue[Piece | Result | BaseException]] = {}
+        self._callers: dict[str, asyncio.Queue[Said | BaseException]] = {}
 
     async def work(self) -> None:
         """Answer for ever. An engine that fails is told to all who wait, and begun anew for those who come."""
@@ -49,12 +50,12 @@ class Hub:
                     caller.put_nowait(error)
                 self._callers.clear()
 
-    async def follow(self, prompt: Prompt, params: SamplingParams, n: int) -> AsyncGenerator[Piece | Result]:
+    async def follow(self, prompt: Prompt, params: SamplingParams, n: int) -> AsyncGenerator[Said]:
         """The pieces of n completions as they are written, then the result; whoever stops listening cancels the request.
 
         Raises UserError for a request that failed.
         """
-        name, said = secrets.token_hex(12), asyncio.Queue[Piece | Result | BaseException]()
+        name, said = secrets.token_hex(12), asyncio.Queue[Said | BaseException]()
         self._callers[name] = said
         self._arrived.put_nowait(Request(name, prompt, params, n))
         try:
@@ -82,9 +83,9 @@ class Hub:
             if (request := await self._arrived.get()).id in self._callers:  # else its caller has left
                 yield request
 
-    def _say(self, request: str, index: int, text: str) -> None:
+    def _say(self, request: str, index: int, piece: Piece) -> None:
         if (caller := self._callers.get(request)) is not None:
-            caller.put_nowait((index, text))
+            caller.put_nowait((index, piece))
 
 
 def make_app(hub: Hub, run: Run, name: str, defaults: SamplingParams, key: str | None) -> FastAPI:
@@ -103,13 +104,20 @@ def make_app(hub: Hub, run: Run, name: str, defaults: SamplingParams, key: str |
     app = FastAPI(title="Patchbay", lifespan=life)
     guarded = [Depends(allowed)]
     render = run_renderer(run)
+    compiling = asyncio.Semaphore(1)  # threads of one pool, which others need too
     errors(app)
 
-    def checked(asked: Asked) -> SamplingParams:
+    async def checked(asked: Asked) -> SamplingParams:
+        if asked.structured_outputs is None:
+            return params_of(asked)
+        async with compiling:  # a pattern can take a second, in which others would wait
+            return await asyncio.to_thread(params_of, asked)
+
+    def params_of(asked: Asked) -> SamplingParams:
         if asked.model not in (None, name):
             raise HTTPException(404, f"model: {asked.model!r} is not here; {name!r} is")
-        if asked.stream and (asked.wants_logprobs or asked.return_token_ids or getattr(asked, "prompt_logprobs", None) is not None):
-            raise HTTPException(400, "stream: log-probabilities and token ids are not streamed; ask for them without stream")
+        if asked.stream and getattr(asked, "prompt_logprobs", None) is not None:
+            raise HTTPException(400, "stream: prompt_logprobs are not streamed; ask for them without stream")
         if (asked.most_tokens() or 0) > (most := hub.engine.context_length or MOST_TOKENS):
             raise HTTPException(400, f"max_tokens: {asked.most_tokens()}; at most {most} are allowed here")
         try:
@@ -117,7 +125,11 @@ def make_app(hub: Hub, run: Run, name: str, defaults: SamplingParams, key: str |
             check_params(params)
         except UserError as error:
             raise HTTPException(400, str(error)) from error
-        return params if asked.seed is not None else replace(params, seed=secrets.randbits(63))
+        return params
+
+    def seeded(asked: Asked, prompts: Sequence[Prompt], params: SamplingParams) -> list[Ask]:
+        """Each prompt draws for itself where the caller names no seed."""
+        return [(one, params if asked.seed is not None else replace(params, seed=secrets.randbits(63))) for one in prompts]
 
     @app.get("/health")
     async def health() -> dict[str, Any]:
@@ -130,7 +142,7 @@ def make_app(hub: Hub, run: Run, name: str, defaults: SamplingParams, key: str |
 
     @app.post("/v1/completions", dependencies=guarded)
     async def complete(asked: CompletionForm, call: Call) -> Any:
-        params = checked(asked)
+        params = await checked(asked)
         if not asked.prompts():
             raise HTTPException(400, "prompt: empty; give a text, token ids, or a list of either")
         start = run.tokenizer.eot_id
@@ -139,16 +151,16 @@ def make_app(hub: Hub, run: Run, name: str, defaults: SamplingParams, key: str |
             scores = await asyncio.to_thread(scored, hub.engine, prompts) if asked.prompt_logprobs is not None else None
         except (ValueError, TypeError) as error:
             raise HTTPException(400, f"prompt: {error}") from error
-        return await answered(hub, Reply("text_completion", name, asked, scores), list(prompts), params, call)
+        return await answered(hub, Reply("text_completion", name, asked, scores), seeded(asked, prompts, params), call)
 
     @app.post("/v1/chat/completions", dependencies=guarded)
     async def chat(asked: ChatForm, call: Call) -> Any:
-        params = checked(asked)
+        params = await checked(asked)
         try:
             prompt = render([message.model_dump() for message in asked.messages], where="messages")
         except UserError as error:
             raise HTTPException(400, str(error)) from error
-        return await answered(hub, Reply("chat.completion", name, asked, None), [prompt], params, call)
+        return await answered(hub, Reply("chat.completion", name, asked, None), seeded(asked, [prompt], params), call)
 
     return app
 
@@ -203,11 +215,13 @@ class Reply:
         end = {"finish_reason": found.finish_reason, "stop_reason": found.stop_reason}
         return {"index": index, **said, "logprobs": self._logprobs(found), **end, **ids, **scores}
 
-    def piece(self, index: int, text: str, reason: str | None = None) -> dict[str, Any]:
-        said = {"delta": {"role": "assistant", "content": text}} if self.talk else {"text": text}
-        return {"index": index, **said, "logprobs": None, "finish_reason": reason}
+    def piece(self, index: int, found: Piece, reason: str | None = None) -> dict[str, Any]:
+        """Of an event. The log-probabilities are those of the piece's own tokens; joined, they are those of the whole."""
+        said = {"delta": {"role": "assistant", "content": found.text}} if self.talk else {"text": found.text}
+        ids = {"token_ids": found.token_ids} if self.asked.return_token_ids else {}
+        return {"index": index, **said, "logprobs": self._logprobs(found) if found.token_ids else None, "finish_reason": reason, **ids}
 
-    def _logprobs(self, found: Completion) -> dict[str, Any] | None:
+    def _logprobs(self, found: Completion | Piece) -> dict[str, Any] | None:
         if not self.asked.wants_logprobs:
             return None
         tops = [{f"token_id:{i}": p for i, p in top.items()} for top in found.alternatives or [{} for _ in found.token_ids]]
@@ -222,33 +236,34 @@ class Reply:
         }
 
 
-async def answered(hub: Hub, reply: Reply, prompts: list[Prompt], params: SamplingParams, call: Call) -> Any:
-    """The response: one body, or events as the text is written. A caller who hangs up before its end cancels what is asked."""
+async def answered(hub: Hub, reply: Reply, asks: list[Ask], call: Call) -> Any:
+    """The response: one body, or events as the text is written. A caller who hangs up before its end cancels what is asked.
+
+    Raises UserError, before anything is sent, for what the engine refuses.
+    """
     n = reply.asked.n
-    if reply.asked.stream:  # its response listens for the end of the connection by itself
-        return StreamingResponse(events(hub, reply, prompts, params), media_type="text/event-stream")
-
-    async def last(prompt: Prompt) -> Result:
-        async with aclosing(hub.follow(prompt, params, n)) as said:
-            found = [item async for item in said]
-        assert isinstance(found[-1], Result)
-        return found[-1]
-
-    work: asyncio.Future[list[Result]] = asyncio.gather(*map(last, prompts))
-    left: asyncio.Future[Any] = asyncio.ensure_future(hung_up(call))
-    either: set[asyncio.Future[Any]] = {work, left}
-    try:
-        await asyncio.wait(either, return_when=asyncio.FIRST_COMPLETED)
-        if not work.done():
-            return Response(status_code=HUNG_UP)
-        results = work.result()
-    finally:
-        work.cancel()
-        left.cancel()
+    if reply.asked.stream:  # its response listens for the end of the connection by itself, once it has begun
+        told = events(hub, reply, asks)
+        first = await unless_hung_up(asyncio.ensure_future(anext(told)), call)
+        return Response(status_code=HUNG_UP) if first is None else StreamingResponse(after(first, told), media_type="text/event-stream")
+    results = await unless_hung_up(asyncio.ensure_future(whole(hub, asks, n)), call)
+    if results is None:
+        return Response(status_code=HUNG_UP)
     choices = [
         reply.choice(place * n + index, one, place) for place, result in enumerate(results) for index, one in enumerate(result.completions)
     ]
     return reply.body(choices, usage(results))
+
+
+async def unless_hung_up(work: asyncio.Future[Any], call: Call) -> Any:
+    """What `work` gives; None where the caller has closed the connection before, and the work is cancelled."""
+    left: asyncio.Future[Any] = asyncio.ensure_future(hung_up(call))
+    try:
+        await asyncio.wait({work, left}, return_when=asyncio.FIRST_COMPLETED)
+        return work.result() if work.done() else None
+    finally:
+        work.cancel()
+        left.cancel()
 
 
 async def hung_up(call: Call) -> None:
@@ -257,28 +272,83 @@ async def hung_up(call: Call) -> None:
         pass
 
 
-async def events(hub: Hub, reply: Reply, prompts: list[Prompt], params: SamplingParams) -> AsyncGenerator[str]:
-    """Server-sent events: pieces, a last piece with the reason of each completion, the usage where asked for, [DONE]."""
+async def after(first: str, rest: AsyncGenerator[str]) -> AsyncGenerator[str]:
+    """`first`, then the rest, which is closed in the end."""
+    async with aclosing(rest):
+        yield first
+        async for item in rest:
+            yield item
+
+
+async def merged(hub: Hub, asks: list[Ask], n: int) -> AsyncGenerator[tuple[int, Said]]:
+    """(place of the prompt, what is said) of all prompts as it comes. Raises what the first to fail raises; the others are cancelled."""
+    heard = asyncio.Queue[tuple[int, Said | Exception]]()
+
+    async def listen(place: int, ask: Ask) -> None:
+        try:
+            async with aclosing(hub.follow(*ask, n)) as said:
+                async for item in said:
+                    heard.put_nowait((place, item))
+        except Exception as error:
+            heard.put_nowait((place, error))
+
+    tasks, ended = [asyncio.create_task(listen(*one)) for one in enumerate(asks)], 0
+    try:
+        while ended < len(asks):
+            place, item = await heard.get()
+            if isinstance(item, Exception):
+                raise item
+            ended += isinstance(item, Result)
+            yield place, item
+    finally:
+        for task in tasks:
+            task.cancel()
+        await asyncio.gather(*tasks, return_exceptions=True)
+
+
+async def whole(hub: Hub, asks: list[Ask], n: int) -> list[Result]:
+    """The results, in the order of the prompts; raises what `merged` raises."""
+    async with aclosing(merged(hub, asks, n)) as said:
+        found = {place: item async for place, item in said if isinstance(item, Result)}
+    return [found[place] for place in range(len(asks))]
+
+
+async def events(hub: Hub, reply: Reply, asks: list[Ask]) -> AsyncGenerator[str]:
+    """Server-sent events: pieces, a last piece with the reason of each completion, the usage where asked for, [DONE].
+
+    Raises UserError for what is refused before there is an event; later it is one.
+    """
 
     def event(body: dict[str, Any]) -> str:
         return f"data: {json.dumps(body, ensure_ascii=False)}\n\n"
 
-    results, n = [], reply.asked.n
+    results, n, told = [], reply.asked.n, dict[int, int]()  # tokens of each completion
     try:
-        for place, prompt in enumerate(prompts):
-            async with aclosing(hub.follow(prompt, params, n)) as said:
-                async for item in said:
-                    if isinstance(item, Result):
-                        results.append(item)
-                        ends = [reply.piece(place * n + index, "", one.finish_reason) for index, one in enumerate(item.completions)]
-                        yield event(reply.body(ends, None, chunk=True))
-                    else:
-                        yield event(reply.body([reply.piece(place * n + item[0], item[1])], None, chunk=True))
+        async with aclosing(merged(hub, asks, n)) as said:
+            async for place, item in said:
+                if isinstance(item, Result):
+                    results.append(item)
+                    numbered = [(place * n + index, one) for index, one in enumerate(item.completions)]
+                    ends = [reply.piece(index, rest_of(one, told.get(index, 0)), one.finish_reason) for index, one in numbered]
+                    told |= {index: len(one.token_ids) for index, one in numbered}
+                    yield event(reply.body(ends, None, chunk=True))
+                else:
+                    index = place * n + item[0]
+                    told[index] = told.get(index, 0) + len(item[1].token_ids)
+                    yield event(reply.body([reply.piece(index, item[1])], None, chunk=True))
     except UserError as error:
+        if not results and not told:
+            raise
         yield event({"error": {"message": str(error), "type": "invalid_request_error", "code": 400}})
     if reply.asked.stream_options is not None and reply.asked.stream_options.include_usage:
         yield event(reply.body([], usage(results), chunk=True))
     yield "data: [DONE]\n\n"
+
+
+def rest_of(found: Completion, told: int) -> Piece:
+    """The tokens of a completion that no piece had; its text is told already."""
+    others = found.alternatives[told:] if found.alternatives is not None else None
+    return Piece("", found.token_ids[told:], found.logprobs[told:], others)
 
 
 def usage(results: list[Result]) -> dict[str, Any]:

@@ -14,6 +14,7 @@ from components.decoding.regex import Node, parse
 DEAD, START = 0, 1
 MAX_STATES = 20_000  # of an automaton: 1 KiB each
 MAX_PARTS = 100_000  # of what it is made from; `.` has 21
+MAX_STEPS = 20_000_000  # of its construction: parts looked at for each state and each range of bytes; two or three seconds
 
 
 @dataclass(frozen=True)
@@ -62,11 +63,11 @@ def of_texts(texts: Iterable[str]) -> Automaton:
 def of_regex(pattern: str) -> Automaton:
     """The automaton of a regular expression, see `components.decoding.regex`.
 
-    Raises UserError where the pattern is not one, uses what is not supported, matches nothing, or needs too many states.
+    Raises UserError where the pattern is not one, uses what is not supported, matches nothing, or needs too many states or steps.
     """
 
-    def too_large() -> UserError:
-        return UserError(f"decode.regex: {pattern!r} needs more than {MAX_STATES} states; make its repetitions shorter")
+    def too_large(what: str = f"{MAX_STATES} states") -> UserError:
+        return UserError(f"decode.regex: {pattern!r} needs more than {what}; make its repetitions shorter")
 
     parts = _Parts(too_large)
     start, end = parts.build(parse(pattern))
@@ -145,9 +146,16 @@ class _Parts:
         return len(self.free) - 1
 
 
-def _subsets(parts: _Parts, start: int, end: int, too_large: Callable[[], UserError]) -> tuple[np.ndarray, np.ndarray]:
+def _subsets(parts: _Parts, start: int, end: int, too_large: Callable[..., UserError]) -> tuple[np.ndarray, np.ndarray]:
     """The subset construction. Returns transitions (S, 256) and accepting (S,)."""
     closures: dict[frozenset[int], frozenset[int]] = {}
+    steps = 0
+
+    def count(more: int) -> None:
+        nonlocal steps
+        steps += more
+        if steps > MAX_STEPS:
+            raise too_large(f"{MAX_STEPS} steps to be prepared")
 
     def closure(states: frozenset[int]) -> frozenset[int]:
         if states not in closures:
@@ -156,6 +164,7 @@ def _subsets(parts: _Parts, start: int, end: int, too_large: Callable[[], UserEr
                 fresh = [target for target in parts.free[todo.pop()] if target not in found]
                 found.update(fresh)
                 todo += fresh
+            count(10 * len(found))  # as slow as ten of the others
             # only states that read a byte, and the end, tell one set from another
             closures[states] = frozenset(state for state in found if parts.edges[state] or state == end)
         return closures[states]
@@ -168,6 +177,7 @@ def _subsets(parts: _Parts, start: int, end: int, too_large: Callable[[], UserEr
         row = np.zeros(256, dtype=np.int32)
         edges = [edge for state in current for edge in parts.edges[state]]
         bounds = sorted({low for low, _, _ in edges} | {high + 1 for _, high, _ in edges})
+        count(len(edges) * len(bounds))
         for low, after in pairwise(bounds):
             targets = frozenset(target for begin, finish, target in edges if begin <= low <= finish)
             if not targets:

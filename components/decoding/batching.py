@@ -1,8 +1,8 @@
 """Continuous batching over slots: rows join and leave a running batch one by one and never influence each other.
 
-Prompts are read one at a time in a state of their own, in pieces that depend on nothing but their length, so that a prompt's cache is the
-same whatever else is decoded. Its row is then copied into one slot for each completion that is wanted. The rows that are decoded are always
-the first slots: where one leaves, the next to join takes its place, or else the last row.
+A prompt is read alone in a state of its own, in pieces that depend on nothing but its length, so that its cache is the same whatever else
+is decoded; several are read in turn, a piece each. Its row is then copied into one slot for each completion that is wanted. The rows that
+are decoded are always the first slots: where one leaves, the next to join takes its place, or else the last row.
 """
 
 from __future__ import annotations
@@ -104,9 +104,10 @@ class Batcher:
         stop_ids: end a row, unless it ignores them.
         blocked: (V,) bool, tokens that are never sampled, see `never_said`.
         constraints: of the same tokenizer; they outlive a batch.
-        max_batch: rows decoded together; more wait, and the longest-waiting joins first.
+        max_batch: rows decoded together; more wait, and the longest-waiting is let in first.
         prefill_chunk: prompt tokens a round, and a forward at most.
-        kv_tokens: most tokens in the caches, rows times the longest that one of them can come to; None: no bound.
+        kv_tokens: most tokens in the slots, rows times the longest that one of them can come to, and as many again in the states of
+            prompts that are being read; None: no bound. A row that is longer alone gets what it needs.
         static: decode in buffers that never move (components/decoding/graph_step.py); the model's state must be of constant size.
     """
 
@@ -125,6 +126,7 @@ class Batcher:
         self.forward, self.tokenizer = forward, tokenizer
         self.max_batch, self.prefill_chunk, self.kv_tokens = max_batch, prefill_chunk, kv_tokens
         self.waiting: deque[Reading] = deque()
+        self.reading: deque[Reading] = deque()  # in turn; the places of their rows are kept
         self.rows: list[Row | None] = []  # by slot
         self.slots: DecodeState | None = None
         self.generated = 0  # tokens so far
@@ -136,18 +138,23 @@ class Batcher:
     @property
     def busy(self) -> bool:
         """Whether a round would do anything."""
-        return bool(self.waiting) or any(row is not None for row in self.rows)
+        return bool(self.waiting or self.reading) or any(row is not None for row in self.rows)
 
-    def add(self, ids: Sequence[int], rows: Sequence[Row]) -> Reading:
+    def add(self, ids: Sequence[int], rows: Sequence[Row], machine: Machine | None = None) -> Reading:
         """Let rows, whose ids these are, wait for their turn; the prompt is read once for all of them.
 
-        Raises: UserError for a constraint that is none, or that the tokenizer has no tokens for.
+        machine: of the constraint that all of them have, where it is made already.
+
+        Raises: UserError for a constraint that is none, or that the tokenizer has no tokens for; and what else the parameters of a row
+            bring about, here rather than in a step, which would end all.
         """
         for row in rows:
-            row.stops = frozenset(row.params.stop_ids) | (frozenset() if row.params.ignore_eos else self.stop_ids)
+            row.stops = stops_of(row.params, self.stop_ids)
             row.text = TextStream(cast(Any, self.tokenizer), row.params.stop) if row.spoken or needs_text(row.params) else None
             if row.params.constraint is not None:
-                row.held = self._constraints.machine(row.params.constraint, row.stops), BEGIN
+                row.held = machine or self._constraints.machine(row.params.constraint, row.stops), BEGIN
+        for row in {id(row.params): row for row in rows}.values():
+            _Live.of([row], None, self).sampling.blocked(self.blocked, [0])
         reading = Reading(list(ids), deque(rows))
         self.waiting.append(reading)
         return reading
@@ -156,9 +163,9 @@ class Batcher:
         """Forget rows, between two rounds: whether they wait or are decoded, their places are free."""
         gone = set(rows)
         self.rows, self._live = [None if row in gone else row for row in self.rows], None
-        for reading in self.waiting:
+        for reading in (*self.waiting, *self.reading):
             reading.rows = deque(row for row in reading.rows if row not in gone)
-        self.waiting = deque(reading for reading in self.waiting if reading.rows)
+        self.waiting, self.reading = (deque(one for one in queue if one.rows) for queue in (self.waiting, self.reading))
 
     def round(self) -> list[Row]:
         """Go on by one step. Returns the rows that got a token, or two if they joined; those with a finish_reason do not come again."""
@@ -169,24 +176,28 @@ class Batcher:
         return list(dict.fromkeys(said))
 
     def _read(self) -> list[Row]:
-        """Read on in the waiting prompts; rows whose prompt is at its end say their first token and take a slot."""
+        """Read on in the prompts, in turn; rows whose prompt is at its end say their first token and take a slot."""
         budget, joining = self.prefill_chunk, list[tuple[Row, Reading]]()
-        while self.waiting:
-            reading = self.waiting[0]
-            if not self._has_room([row for row, _ in joining], reading.rows[0]):
+        while True:
+            while self.waiting and self._has_room(joining, self.waiting[0].rows[0]):
+                self.reading.append(self.waiting.popleft())
+            if not self.reading:
                 break
+            reading = self.reading[0]
             piece = min(self.prefill_chunk, len(reading.ids) - reading.read)
             if piece > budget:
                 break
             self._read_piece(reading, piece)
             budget -= piece
+            self.reading.popleft()
             if reading.read < len(reading.ids):
-                break
-            while reading.rows and self._has_room([row for row, _ in joining], reading.rows[0]):
+                self.reading.append(reading)
+                continue
+            joining.append((reading.rows.popleft(), reading))  # its place was kept
+            while reading.rows and self._has_room(joining, reading.rows[0]):
                 joining.append((reading.rows.popleft(), reading))
             if reading.rows:
-                break
-            self.waiting.popleft()
+                self.waiting.appendleft(reading)
         if not joining:
             return []
         rows = [row for row, _ in joining]
@@ -210,8 +221,10 @@ class Batcher:
             if reading.read == len(reading.ids):
                 reading.logits = self.forward.logits(hidden)
 
-    def _has_room(self, joining: list[Row], row: Row) -> bool:
-        rows = [other for other in self.rows if other is not None] + joining
+    def _has_room(self, joining: list[tuple[Row, Reading]], row: Row) -> bool:
+        rows = [other for other in self.rows if other is not None] + [other for other, _ in joining]
+        for reading in self.reading:
+            rows += reading.rows
         if not rows:
             return True
         longest = max(row.limit, *(other.limit for other in rows))
@@ -219,28 +232,40 @@ class Batcher:
 
     def _join(self, row: Row, state: DecodeState) -> None:
         """Give the row a slot that holds what `state` does."""
+        self._reserve(state, len(self.rows) + (None not in self.rows), len(row.ids), row)
         slot = self.rows.index(None) if None in self.rows else len(self.rows)
         if slot == len(self.rows):
             self.rows.append(None)
-        self._reserve(state, slot + 1, len(row.ids))
         cast(DecodeState, self.slots).put(slot, state)
         self.rows[slot], self._live = row, None
 
-    def _reserve(self, like: DecodeState, rows: int, tokens: int) -> None:
-        """Have slots for so many rows and tokens. Both double, so that rows are copied a few times only."""
+    def _reserve(self, like: DecodeState, rows: int, tokens: int, joining: Row | None = None) -> None:
+        """Have slots for so many rows and tokens. Both double, so that rows are copied a few times only; holes may be closed."""
         have_rows, have_tokens = (0, 0) if self.slots is None else (self.slots.batch_size, self.slots.room_tokens)
+        have_tokens = have_tokens if like.room_tokens is not None else None
         if rows <= have_rows and (have_tokens is None or tokens <= have_tokens):
             return
         if rows > have_rows:
             rows = 1 << (self.max_batch - 1).bit_length() if self._static is not None else min(self.max_batch, max(rows, 2 * have_rows))
         if have_tokens is not None:
             tokens = have_tokens if tokens <= have_tokens else max(tokens, 2 * have_tokens, _FIRST_TOKENS)
+        rows = max(rows, have_rows)
+        if have_tokens is not None and self.kv_tokens is not None and rows * tokens > self.kv_tokens:
+            rows, tokens = self._within(self.kv_tokens, rows, tokens, joining)
         with (
             torch.inference_mode(False),
             torch.no_grad(),
         ):  # tensors that may be changed in either mode: the model's may change between rounds
             source = like.resized(0, 0) if self.slots is None else self.slots
-            self.slots, self._live = source.resized(max(rows, have_rows), tokens), None
+            self.slots, self._live = source.resized(rows, tokens), None
+
+    def _within(self, most: int, rows: int, tokens: int, joining: Row | None) -> tuple[int, int]:
+        """Fewer rows of fewer tokens: enough for all that is decoded, of which `_has_room` says that it is within `most`."""
+        with torch.inference_mode(False), torch.no_grad():
+            self._close_holes()
+        live = [row for row in (*self.rows, joining) if row is not None]
+        tokens = min(tokens, max(row.limit for row in live))
+        return max(len(live), min(rows, most // tokens)), tokens
 
     def _step(self) -> list[Row]:
         """One token for every row in a slot."""
@@ -259,7 +284,7 @@ class Batcher:
         return live.rows
 
     def _live_rows(self) -> _Live | None:
-        """The rows to step, in the first slots; those whose cache is of no use any more (RoPE) go to be read anew, before all that wait."""
+        """The rows to step, in the first slots; those whose cache is of no use any more (RoPE) go to be read anew, before all others."""
         longest = max(len(row.ids) for row in self.rows if row is not None)
         slots = cast(DecodeState, self.slots)
         self._reserve(slots, 0, longest)
@@ -273,7 +298,7 @@ class Batcher:
             for slot in stale.nonzero().flatten().tolist():
                 row = cast(Row, self.rows[slot])
                 self.rows[slot] = None
-                self.waiting.appendleft(Reading(list(row.ids), deque([row])))
+                self.reading.appendleft(Reading(list(row.ids), deque([row])))
             self._live = None
             return self._live_rows() if any(row is not None for row in self.rows) else None
         return self._live
@@ -347,6 +372,11 @@ class _Live:
             seen = seen_tokens([row.ids for row in rows], batcher.forward.model.vocab_size, device)
         counts = [own.logprobs for own in params] if any(own.logprobs is not None for own in params) else None
         return cls(rows, state, sampling, seen, counts)
+
+
+def stops_of(params: SamplingParams, stop_ids: Iterable[int]) -> frozenset[int]:
+    """The ids that end a row, where `stop_ids` are those of the tokenizer."""
+    return frozenset(params.stop_ids) | (frozenset() if params.ignore_eos else frozenset(stop_ids))
 
 
 def rope_switch(model: Any) -> str:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import threading
 from collections import OrderedDict
 from collections.abc import Iterable, Sequence
 from functools import lru_cache
@@ -168,23 +169,34 @@ class Constraints:
         self._tokenizer, self._width, self._device = tokenizer, vocab_size, torch.device(device)
         self._tables: tuple[Vocabulary, Vocabulary] | None = None
         self._machines: OrderedDict[tuple[Constraint, tuple[int, ...]], Machine] = OrderedDict()
+        self._making, self._changing = threading.Lock(), threading.Lock()
 
     def machine(self, constraint: Constraint, stops: Iterable[int]) -> Machine:
-        """The machine of a constraint for rows that end at `stops`.
+        """The machine of a constraint for rows that end at `stops`. Threads may ask at once; one is made at a time.
 
         Raises UserError for a constraint that is none, or that the tokenizer has no tokens for.
         """
         key = (constraint, tuple(sorted(set(stops))))
-        if key not in self._machines:
+        if (known := self._known(key)) is not None:
+            return known
+        with self._making:
+            if (known := self._known(key)) is not None:
+                return known
             made = Machine(automaton(constraint), self._vocabularies(), key[1], self._width, self._device)
             if bool(made.blocked(BEGIN).all()):
                 name, value = ("choice", list(constraint.choice)) if constraint.choice is not None else ("regex", constraint.regex)
                 raise UserError(f"decode.{name}: {value!r}; the tokenizer has no tokens to say it")
-            self._machines[key] = made
-            if len(self._machines) > MOST_MACHINES:
-                self._machines.popitem(last=False)
-        self._machines.move_to_end(key)
-        return self._machines[key]
+            with self._changing:
+                self._machines[key] = made
+                if len(self._machines) > MOST_MACHINES:
+                    self._machines.popitem(last=False)
+            return made
+
+    def _known(self, key: tuple[Constraint, tuple[int, ...]]) -> Machine | None:
+        with self._changing:
+            if key in self._machines:
+                self._machines.move_to_end(key)
+            return self._machines.get(key)
 
     def _vocabularies(self) -> tuple[Vocabulary, Vocabulary]:
         if self._tables is None:

@@ -211,7 +211,7 @@ def _group(kind: _Kind, params: list[SamplingParams], index: list[int] | None, d
         kind,
         None if index is None else torch.tensor(index, device=device),
         column([min(max(own.temperature, limits.tiny), limits.max) for own in params], torch.float32),
-        column([own.top_k or 0 for own in params], torch.int64),
+        column([min(own.top_k or 0, MASK >> 1) for own in params], torch.int64),
         column([1.0 if own.top_p is None else own.top_p for own in params], torch.float64),
         column([own.min_p or 0.0 for own in params], torch.float64),
     )

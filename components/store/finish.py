@@ -18,7 +18,7 @@ import numpy as np
 
 from components.errors import UserError
 from components.store.files import as_json, replace_file, sync_folder
-from components.store.ids import DIGEST_BYTES, DoneSet
+from components.store.ids import DIGEST_BYTES, DoneSet, check_twins
 from components.store.shards import ROW_AT, identity_of, index_of, scan, shards_in
 
 if TYPE_CHECKING:
@@ -65,16 +65,14 @@ class Columns:
         return pa.schema(fields)
 
 
-def places_in(order: bytes, others: bool) -> Callable[[bytes], int]:
+def places_in(order: bytes | bytearray, others: bool) -> Callable[[bytes], int]:
     """A function from a line to the place of its request in `order`, digests end to end; -1 for one that is not there, with `others`.
 
     Raises UserError where two are the same; the function, where the request is not there and there are to be no others.
     """
     digests = np.frombuffer(order, dtype=f"S{DIGEST_BYTES}")
     ranks = digests.argsort(kind="stable")
-    if len(twins := np.flatnonzero(digests[ranks[1:]] == digests[ranks[:-1]])):
-        first, second = int(ranks[twins[0]]), int(ranks[twins[0] + 1])
-        raise UserError(f"prompts: requests {first} and {second} (from 0) are the same; give each an id of its own")
+    check_twins(digests, ranks)
 
     def place(line: bytes) -> int:
         digest = np.bytes_(bytes.fromhex(identity_of(line).decode()))
@@ -195,17 +193,29 @@ def write_parquet(folder: Path, shards: list[Path], places: np.ndarray, schema: 
             writer.close()
 
 
-def write_final(folder: Path, total: int, done: DoneSet, missing: str, order: bytes | None = None, others: bool = False) -> Path:
+def trusted(final: Path, rows: dict[str, Any]) -> bool:
+    """Whether `final` holds these rows, in files of the sizes that its _SUCCESS names. Raises OSError."""
+    try:
+        found = json.loads((final / "_SUCCESS").read_bytes())
+        files = found.pop("files")
+        return bool(found == rows and all((final / name).stat().st_size == size for name, size in files.items()))
+    except (FileNotFoundError, ValueError, KeyError, TypeError, AttributeError):  # no file, or a _SUCCESS of before or of somebody else
+        return False
+
+
+def write_final(
+    folder: Path, total: int, done: DoneSet, missing: str, order: bytes | bytearray | None = None, others: bool = False
+) -> Path:
     """See Store.finish. order: digests of the ids, end to end. `final/` appears as a whole. Raises UserError; OSError."""
     if missing not in ("refuse", "skip"):
         raise UserError(f"output.missing: {missing!r} is not one of refuse, skip")
     ordered = {} if order is None else {"order_sha256": hashlib.sha256(order).hexdigest()}
-    rows = len(done)
+    kept = len(done)
     if order is not None and others:
-        rows = sum(order[at : at + DIGEST_BYTES] in done for at in range(0, len(order), DIGEST_BYTES))
-    success = as_json({"rows": rows, "ids_sha256": done.sha256(), **ordered})
+        kept = sum(bytes(order[at : at + DIGEST_BYTES]) in done for at in range(0, len(order), DIGEST_BYTES))
+    rows = {"rows": kept, "ids_sha256": done.sha256(), **ordered}
     final, partial = folder / FINAL, folder / f"{FINAL}.partial"
-    if (final / "_SUCCESS").is_file() and (final / "_SUCCESS").read_bytes() == success and (rows == total or missing == "skip"):
+    if (kept == total or missing == "skip") and trusted(final, rows):
         return final
     shards = shards_in(folder)
     places, columns = locate(shards, total, done, index_of if order is None else places_in(order, others))
@@ -221,7 +231,8 @@ def write_final(folder: Path, total: int, done: DoneSet, missing: str, order: by
     for path in partial.iterdir():
         with path.open("rb") as file:
             os.fsync(file.fileno())
-    replace_file(partial / "_SUCCESS", success)
+    files = {path.name: path.stat().st_size for path in sorted(partial.iterdir())}
+    replace_file(partial / "_SUCCESS", as_json({**rows, "files": files}))
     shutil.rmtree(final, ignore_errors=True)
     os.replace(partial, final)
     sync_folder(folder)

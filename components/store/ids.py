@@ -4,15 +4,18 @@ from __future__ import annotations
 
 import hashlib
 import json
+from collections.abc import Iterable
 from typing import Any
 
 import numpy as np
+
+from components.errors import UserError
 
 DIGEST_BYTES = 16
 PREFIX_BYTES = 2  # told by where a digest stands, so not stored
 REST_BYTES = DIGEST_BYTES - PREFIX_BYTES
 PREFIXES = 256**PREFIX_BYTES
-FRESH = 65536  # digests in a Python set (about 100 bytes each) before they join the sorted array; also the piece that a merge copies
+FRESH = 65536  # digests in a Python set (about 100 bytes each) before they join the sorted array; also the pieces that are copied
 
 
 def canonical(value: Any) -> str:
@@ -30,6 +33,30 @@ def request_id(**asked: Any) -> str:
     True
     """
     return hashlib.blake2b(canonical(asked).encode("utf-8", "surrogatepass"), digest_size=DIGEST_BYTES).hexdigest()
+
+
+def check_twins(digests: np.ndarray, ranks: np.ndarray) -> None:
+    """digests: (N,) of requests in input order; ranks: (N,) int64, their stable order. Raises UserError where two are the same."""
+    for begin in range(0, len(ranks) - 1, FRESH):  # pieces: a sorted copy of all would be as large as all
+        some = digests[ranks[begin : begin + FRESH + 1]]
+        if len(twins := np.flatnonzero(some[1:] == some[:-1])):
+            first, second = (int(ranks[begin + twins[0] + after]) for after in (0, 1))
+            raise UserError(f"prompts: requests {first} and {second} (from 0) are the same; give each an id of its own")
+
+
+def digests_of(names: Iterable[str]) -> bytearray:
+    """The digests of ids, 32 hex digits each, end to end: 16 bytes a request, however many there are."""
+    found = bytearray()
+    for name in names:
+        found += bytes.fromhex(name)
+    return found
+
+
+def count_distinct(names: Iterable[str]) -> int:
+    """How many requests there are. Memory: 24 bytes a request. Raises UserError where two are the same, naming their places."""
+    digests = np.frombuffer(digests_of(names), dtype=f"S{DIGEST_BYTES}")
+    check_twins(digests, digests.argsort(kind="stable"))
+    return len(digests)
 
 
 class DoneSet:

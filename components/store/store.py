@@ -16,7 +16,7 @@ from typing import Any
 from components.errors import UserError
 from components.store.files import as_json, lock, replace_file, trouble, write_all
 from components.store.finish import FINAL, write_final
-from components.store.ids import DoneSet
+from components.store.ids import DoneSet, digests_of
 from components.store.manifest import Manifest, move_aside, new_manifest, now, read_manifest, refuse_change
 from components.store.shards import (
     INDEX_WIDTH,
@@ -234,14 +234,16 @@ class Store:
             raise self._trouble(error) from error
 
     def finish(self, total: int, missing: str = "refuse", order: Iterable[str] | None = None, others: bool = False) -> Path:
-        """Write `final/`: the rows in input order as parquet, and _SUCCESS; returns the folder. Done already: nothing is written.
+        """Write `final/`: the rows in input order as parquet, and _SUCCESS with their sizes; returns the folder.
+
+        Where they are there already, in those sizes, nothing is written.
 
         total: requests of the input. missing: 'skip' leaves requests without a row out, 'refuse' raises UserError. order: ids of all
         requests of the input, as it is now; None: their places are those of when they were asked. others: rows of requests that are not in
         `order` are left out, not refused. See `write_final`.
         """
         self.commit()
-        names = None if order is None else bytes.fromhex("".join(order))
+        names = None if order is None else digests_of(order)
         try:
             return write_final(self.folder, total, self._done, missing, names, others)
         except OSError as error:

@@ -6,7 +6,7 @@ import asyncio
 import logging
 import threading
 import warnings
-from collections.abc import AsyncIterable, AsyncIterator, Iterable, Iterator, Sequence
+from collections.abc import AsyncIterable, AsyncIterator, Callable, Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
 from functools import partial
@@ -30,11 +30,11 @@ from components.contracts import (
     Tokenizer,
     UserError,
 )
-from components.decoding.batching import Batcher, Row, never_said, rope_switch
-from components.decoding.constraints import Constraints
+from components.decoding.batching import Batcher, Row, never_said, rope_switch, stops_of
+from components.decoding.constraints import Constraints, Machine
 from components.decoding.forward import Forward
 from components.decoding.sampling import check_params
-from framework.engines.native_jobs import Job, feed
+from framework.engines.native_jobs import Job, feed, said_of
 
 log = logging.getLogger(__name__)
 
@@ -52,7 +52,8 @@ class NativeEngine:
         tokenizer: its `stop_ids` stop a row; its `unsaid_ids`, and rows of the head above its vocabulary, are never sampled.
         max_batch: rows decoded together; more prompts wait.
         prefill_chunk: prompt tokens between two steps of the running rows, and a forward at most.
-        kv_tokens: most tokens in the caches of all rows, rows times the longest that one can come to; None: no bound but max_batch.
+        kv_tokens: most tokens in the caches of all rows, rows times the longest that one can come to; prompts that are being read have at
+            most as many again. None: no bound but max_batch.
         context_length: most tokens of a prompt and its answer; longer requests are refused. None: no end.
         dtype: float32, or bfloat16 autocast.
         packed: during a generation on a CPU in float32, hold the weights in a faster layout too (components/decoding/forward.py).
@@ -147,15 +148,15 @@ class NativeEngine:
         """Results as they are finished. Requests arrive while others are decoded, at most `concurrency` at a time are unanswered.
 
         The model works in a thread of its own, so that the event loop goes on. A request that cannot be answered has an error and ends
-        nothing; an exception of `requests` itself is raised. usage.prompt counts the prompt once for each of n completions, usage.cached
-        those times that it was not read.
+        nothing; an exception of `requests` itself is raised. What an answer is held to is compiled beside the others. usage.prompt counts
+        the prompt once for each of n completions, usage.cached those times that it was not read.
         """
         if concurrency < 1:
             raise UserError(f"concurrency: {concurrency}; at least 1 is allowed")
         batcher, jobs = self._batcher(), dict[Row, Job]()
-        arrived: asyncio.Queue[Request | BaseException | None] = asyncio.Queue()
+        arrived: asyncio.Queue[Job | BaseException | None] = asyncio.Queue()
         free = asyncio.Semaphore(concurrency)
-        feeder = asyncio.create_task(feed(requests, arrived, free, self._under_way))
+        feeder = asyncio.create_task(feed(requests, arrived, free, self._under_way, self._machine))
         loop, more = asyncio.get_running_loop(), True
 
         def over(job: Job, error: str | None = None) -> Result:
@@ -167,20 +168,18 @@ class NativeEngine:
             try:
                 while more or batcher.busy:
                     while not arrived.empty() or (more and not batcher.busy):
-                        request = await arrived.get()
-                        if isinstance(request, BaseException):
-                            raise request
-                        if request is None:
+                        job = await arrived.get()
+                        if isinstance(job, BaseException):
+                            raise job
+                        if job is None:
                             more = False
                             continue
-                        job = Job(request)
                         try:
-                            job.begin(
-                                batcher, partial(self._row, request.prompt, request.params, name="prompt"), spoken=on_piece is not None
-                            )
+                            checked = partial(Row, cast(Any, job.request.prompt), job.request.params) if job.machine is not None else None
+                            job.begin(batcher, checked or self._rows_of(job.request), spoken=on_piece is not None)
                             jobs.update(dict.fromkeys(job.rows, job))
-                        except (UserError, ValueError) as error:
-                            yield over(job, str(error))
+                        except Exception as error:  # whatever it is, it is of this request alone
+                            yield over(job, said_of(error))
                     for job in [one for one in dict.fromkeys(jobs.values()) if self._under_way.get(one.request.id)]:
                         batcher.drop(job.rows)
                         jobs = {row: other for row, other in jobs.items() if other is not job}
@@ -249,6 +248,8 @@ class NativeEngine:
     def _row(self, prompt: Prompt, params: SamplingParams, draw: int, name: str) -> Row:
         """A row to decode; raises what `generate` says it does."""
         check_params(params)
+        if unknown := [token for token in params.stop_ids if token >= self.model.vocab_size]:
+            raise UserError(f"decode.stop_ids: {unknown[0]}; the model knows 0 to {self.model.vocab_size - 1}")
         if not isinstance(prompt, list | tuple) or not all(isinstance(token, int) for token in prompt):
             raise ValueError(f"{name} is not a list of token ids; engine=native takes nothing else, encode it with the tokenizer")
         ids = cast("list[int]", list(prompt))
@@ -261,6 +262,14 @@ class NativeEngine:
             )
         self._warn_if_longer_than_trained(length)
         return Row(ids, params, draw)
+
+    def _rows_of(self, request: Request) -> Callable[[int], Row]:
+        return partial(self._row, request.prompt, request.params, name="prompt")
+
+    def _machine(self, request: Request) -> Machine | None:
+        """Compile what its answers are held to, in any thread. Raises what `generate` raises."""
+        params = self._rows_of(request)(0).params
+        return None if params.constraint is None else self._constraints.machine(params.constraint, stops_of(params, self.stop_ids))
 
     def _batcher(self) -> Batcher:
         forward = Forward(self.model, self.dtype, self.packed)  # not kept: the weights may change from one generation to the next

@@ -16,7 +16,7 @@ from typing import Any
 
 import numpy as np
 
-from components.contracts import CANCELLED, Completion, Decoding, OnPiece, Prompt, Request, Result, SamplingParams, Usage, UserError
+from components.contracts import CANCELLED, Completion, Decoding, OnPiece, Piece, Prompt, Request, Result, SamplingParams, Usage, UserError
 from components.decoding.sampling import mix64
 
 HOPELESS = ("http_401", "http_403", "http_404")  # the key or the model: the fault of no request in particular
@@ -109,7 +109,8 @@ def told(result: Result, on_piece: OnPiece | None) -> Result:
     """The result, whose texts were said to `on_piece` first."""
     for index, completion in enumerate(result.completions if on_piece is not None else ()):
         if completion.text:
-            on_piece(result.request_id, index, completion.text)  # type: ignore[misc]
+            piece = Piece(completion.text, completion.token_ids, completion.logprobs, completion.alternatives)
+            on_piece(result.request_id, index, piece)  # type: ignore[misc]
     return result
 
 

@@ -10,7 +10,7 @@ from typing import Any, Literal
 
 from components.contracts import Request, Result, UserError
 from components.decoding.rounds import Query, each_with_other, seed_of
-from components.store import Store, request_id
+from components.store import Store, count_distinct, request_id
 from framework.decoding import seeded, setting_of
 from framework.engines.building import identity
 from framework.generate import Context, measures, renderer, tokens_of
@@ -62,7 +62,7 @@ class Batch:
         """Answer what is missing, then write final/; returns counts and speed."""
         if context.method is not None and self.n > 1:
             raise UserError(f"n: {self.n}; this decoding makes one answer from several calls (decode.n); drop n")
-        total = sum(1 for _ in self._named())  # also: can all of it be read?
+        total = count_distinct(name for name, _, _ in self._named())  # also: can all of it be read?
         began = time.monotonic()
         with Store.open(self.output, space=self._space(context), **self.keeping) as store:
             for line in store.mended:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import threading
 from dataclasses import replace
 
 import pytest
@@ -10,6 +11,7 @@ import torch
 
 from components.contracts import Constraint, Request, SamplingParams, UserError
 from components.data.tokenizers import bytes_tokenizer
+from components.decoding.constraints import Constraints
 from framework.build import build_model, compose
 from framework.engines.native import NativeEngine
 
@@ -78,6 +80,7 @@ def test_a_request_that_cannot_be_answered_ends_nothing(model):
         "temperature": Request("temperature", prompt(), replace(PARAMS, temperature=-1.0)),
         "n": Request("n", prompt(), PARAMS, n=0),
         "constraint": Request("constraint", prompt(), replace(PARAMS, constraint=Constraint(regex="(a"))),
+        "stop ids": Request("stop ids", prompt(), replace(PARAMS, stop_ids=(10**9,), min_new_tokens=2)),
     }
     good = [Request(f"good {i}", prompt("y" * i), PARAMS) for i in range(4)]
     mixed = [*good[:1], *bad.values(), *good[1:]]
@@ -90,6 +93,9 @@ def test_a_request_that_cannot_be_answered_ends_nothing(model):
             assert results[name].completions == [] and results[name].error and "\n" not in results[name].error
     assert "61 tokens and max_new_tokens=8 are more than the 40" in results["long"].error
     assert "token ids; engine=native takes nothing else" in results["text"].error
+    assert results["stop ids"].error == "decode.stop_ids: 1000000000; the model knows 0 to 319"
+    with pytest.raises(UserError, match=r"^decode.stop_ids: 1000000000; the model knows"):
+        native.generate([prompt()], replace(PARAMS, stop_ids=(3, 10**9)))
     with pytest.raises(UserError, match="prompt 1: 61 tokens and max_new_tokens=8"):
         native.generate([prompt(), prompt("x" * 60)], PARAMS)
     with pytest.raises(ValueError, match="prompt 0 is not a list of token ids"):
@@ -155,6 +161,54 @@ def test_a_failing_step_fails_those_under_way_and_not_those_to_come(model, monke
     assert [results[name].error for name in "12"] == [None, None]
     monkeypatch.undo()
     assert results["2"].completions == native.generate([prompt()], PARAMS)
+
+
+def test_a_request_that_cannot_be_prepared_fails_alone(model, monkeypatch, caplog):
+    """Whatever goes wrong while its row is made; the others, under way already, go on."""
+    native, real = engine(model), NativeEngine._row
+
+    def row(self, asked, params, draw, name):
+        if asked == prompt("broken"):
+            raise IndexError("no such place")
+        return real(self, asked, params, draw, name)
+
+    monkeypatch.setattr(NativeEngine, "_row", row)
+    texts = {"a": "hello", "broken": "broken", "b": "hello"}
+    results = answers(native, [Request(name, prompt(text), PARAMS) for name, text in texts.items()])
+    assert results["broken"].error == "IndexError: no such place" and "no such place" in caplog.text
+    assert all(results[name].completions == native.generate([prompt()], PARAMS) for name in "ab")
+
+
+def test_what_an_answer_is_held_to_is_compiled_beside_the_loop_and_the_others(model, monkeypatch):
+    """The others are answered before it is ready; the event loop and the thread of the model are free."""
+    native, ready, threads = engine(model), threading.Event(), []
+    real = Constraints.machine
+
+    def machine(self, *asked):
+        threads.append(threading.current_thread())
+        assert ready.wait(60)
+        return real(self, *asked)
+
+    monkeypatch.setattr(Constraints, "machine", machine)
+    held = replace(PARAMS, ignore_eos=False, constraint=Constraint(choice=("yes", "no")))
+
+    async def collect():
+        async def come():
+            yield Request("held", prompt(), held, n=2)
+            for i in range(3):
+                yield Request(str(i), prompt(), PARAMS)
+
+        found = []
+        async for result in native.stream(come(), concurrency=3):
+            found.append(result)
+            if len(found) == 3:
+                ready.set()
+        return found
+
+    found = asyncio.run(collect())
+    assert [result.request_id for result in found] == ["0", "1", "2", "held"] and [result.error for result in found] == [None] * 4
+    assert {completion.text for completion in found[-1].completions} <= {"yes", "no"}
+    assert len(threads) == 1 and threads[0] is not threading.main_thread() and "native-engine" not in threads[0].name
 
 
 def test_an_error_of_the_requests_themselves_is_raised(model):

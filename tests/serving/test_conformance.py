@@ -170,13 +170,18 @@ def test_n_answers_to_a_request(engine):
 
 
 def test_pieces_of_a_stream_make_the_texts(engine):
-    said = {}
+    said, ids = {}, {}
 
-    def hear(request, index, text):
-        said[request, index] = said.get((request, index), "") + text
+    def hear(request, index, piece):
+        said[request, index] = said.get((request, index), "") + piece.text
+        ids.setdefault((request, index), []).extend(piece.token_ids)
 
-    requests = [Request(str(i), ids, replace(DRAWN, seed=i), n=2) for i, ids in enumerate(prompts()[:4])]
+    requests = [Request(str(i), one, replace(DRAWN, seed=i), n=2) for i, one in enumerate(prompts()[:4])]
     results = streamed(engine, requests, on_piece=hear)
+    for result in results:  # the last tokens of an answer may have no text, and so no piece
+        for index, one in enumerate(result.completions):
+            heard = ids.get((result.request_id, index), [])
+            assert heard == one.token_ids[: len(heard)]
     assert {key: text for key, text in said.items() if text} == {
         (result.request_id, index): one.text for result in results for index, one in enumerate(result.completions) if one.text
     }

@@ -1,9 +1,13 @@
 """task=serve as a process of its own, spoken to by OpenAI's own client."""
 
+import asyncio
 import concurrent.futures
+import contextlib
 import json
 import socket
+import threading
 import time
+from types import SimpleNamespace
 from urllib.parse import urlsplit
 
 import httpx
@@ -11,7 +15,10 @@ import openai
 import pytest
 from engines import make_run, served
 
+from components.contracts import Constraint, Piece, SamplingParams, UserError
+from framework import server
 from framework.build import load_run
+from framework.server_forms import ChatForm
 
 WHOLE = {"extra_body": {"ignore_eos": True}}  # all tokens that were asked for
 
@@ -23,7 +30,7 @@ def run(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def client(run):
-    with served(run) as url:
+    with served(run, "engine.context_length=30000") as url:
         yield openai.OpenAI(base_url=url, api_key="none", max_retries=0)
 
 
@@ -64,6 +71,51 @@ def test_streamed_pieces_are_the_text(client):
     assert counted.completion_tokens == 80 and events > 20
 
 
+def test_log_probabilities_and_token_ids_are_streamed(client):
+    """Joined, those of the pieces are those of the whole; tokens that ended an answer without a text come with its last event."""
+    asked = {"model": "run", "prompt": ["Once", "Twice"], "max_tokens": 30, "seed": 1, "n": 2, "temperature": 1.0, "logprobs": 2}
+    asked |= {"extra_body": {"return_token_ids": True}}
+    whole = client.completions.create(**asked)
+    found, events = {}, 0
+    for event in client.completions.create(**asked, stream=True):
+        for choice in event.choices:
+            text, names, scores, tops, ids = found.setdefault(choice.index, ("", [], [], [], []))
+            if choice.logprobs is not None:
+                events += 1
+                names, scores = names + choice.logprobs.tokens, scores + choice.logprobs.token_logprobs
+                tops = tops + choice.logprobs.top_logprobs
+            found[choice.index] = (text + choice.text, names, scores, tops, ids + choice.token_ids)
+    for choice in whole.choices:
+        told = choice.logprobs
+        assert found[choice.index] == (choice.text, told.tokens, told.token_logprobs, told.top_logprobs, choice.token_ids)
+    assert events > 40
+
+
+def test_prompts_without_a_seed_draw_for_themselves(client):
+    answer = client.completions.create(model="run", prompt=["a", "a", "a"], n=2, max_tokens=20, temperature=1.0, **WHOLE)
+    assert len({choice.text for choice in answer.choices}) == 6
+    answer = client.completions.create(model="run", prompt=["a", "a"], max_tokens=20, temperature=1.0, seed=3, **WHOLE)
+    assert len({choice.text for choice in answer.choices}) == 1
+
+
+def test_a_bad_request_ends_no_other(client):
+    """The stream of one caller goes on while another asks for what cannot be."""
+    pieces = client.completions.create(model="run", prompt="Once", max_tokens=100, seed=1, temperature=1.0, stream=True, **WHOLE)
+    texts = [next(pieces).choices[0].text]
+    for change in ({"stop_token_ids": [10**9], "min_tokens": 2}, {"top_k": 10**30, "min_tokens": 1}):
+        with contextlib.suppress(openai.BadRequestError):
+            client.completions.create(model="run", prompt="x", max_tokens=4, extra_body=change)
+    ends = []
+    for event in pieces:
+        texts.append(event.choices[0].text)
+        ends += [event.choices[0].finish_reason] if event.choices[0].finish_reason else []
+    assert ends == ["length"]
+    assert (
+        "".join(texts)
+        == client.completions.create(model="run", prompt="Once", max_tokens=100, seed=1, temperature=1.0, **WHOLE).choices[0].text
+    )
+
+
 def test_a_stop_string_and_a_constraint(client):
     asked = {"model": "run", "prompt": "Once", "max_tokens": 30, "temperature": 0}
     answer = client.completions.create(**asked, extra_body={"structured_outputs": {"regex": "[0-9]{3}"}})
@@ -93,7 +145,11 @@ def test_many_callers_at_once(client):
         ({"prompt": []}, 400, "prompt"),
         ({"prompt": [10**6]}, 400, "holds id 1000000"),
         ({"prompt": [1, 10**6], "extra_body": {"prompt_logprobs": 0}}, 400, "holds id 1000000"),
-        ({"stream": True, "logprobs": 1}, 400, "stream: log-probabilities and token ids are not streamed"),
+        ({"stream": True, "extra_body": {"prompt_logprobs": 0}}, 400, "stream: prompt_logprobs are not streamed"),
+        ({"stream": True, "prompt": "x" * 300, "max_tokens": 29_900}, 400, "301 tokens and max_new_tokens=29900"),
+        ({"stream": True, "prompt": ["x", "x" * 300], "max_tokens": 29_900}, 400, "301 tokens and max_new_tokens=29900"),
+        ({"extra_body": {"stop_token_ids": [10**9], "min_tokens": 2}}, 400, "stop_ids: 1000000000; the model knows"),
+        ({"stream": True, "extra_body": {"stop_token_ids": [10**9], "min_tokens": 2}}, 400, "stop_ids: 1000000000; the model knows"),
         ({"max_tokens": 2**40}, 400, "max_tokens: 1099511627776; at most"),
         ({"extra_body": {"structured_outputs": {"regex": "("}}}, 400, "regex"),
     ],
@@ -140,3 +196,35 @@ def test_a_key(run):
         with pytest.raises(openai.AuthenticationError, match="the key is missing or wrong"):
             openai.OpenAI(base_url=url, api_key="guess", max_retries=0).models.list()
         assert openai.OpenAI(base_url=url, api_key="secret", max_retries=0).models.list().data
+
+
+def test_a_pattern_is_read_beside_the_event_loop(run, monkeypatch):
+    """It can take a second, in which others would wait."""
+    threads = []
+
+    def check(params):
+        threads.append((params.constraint, threading.current_thread() is threading.main_thread()))
+        raise UserError("decode.regex: no")
+
+    monkeypatch.setattr(server, "check_params", check)
+    app = server.make_app(server.Hub(SimpleNamespace(context_length=None), 1), run, "run", SamplingParams(), None)
+
+    async def ask():
+        async with httpx.AsyncClient(transport=httpx.ASGITransport(app), base_url="http://here") as caller:
+            return await caller.post("/v1/completions", json={"prompt": "x", "structured_outputs": {"regex": "a+"}})
+
+    answer = asyncio.run(ask())
+    assert (answer.status_code, answer.json()["error"]["message"]) == (400, "decode.regex: no")
+    assert threads == [(Constraint(regex="a+"), False)]
+
+
+def test_a_piece_of_a_conversation_has_its_log_probabilities():
+    asked = ChatForm(messages=[{"role": "user", "content": "Hi"}], logprobs=True, top_logprobs=1, stream=True)
+    reply = server.Reply("chat.completion", "run", asked, None)
+    found = reply.piece(0, Piece("ab", [97, 98], [-0.5, -1.0], [{97: -0.5}, {99: -0.25}]))
+    assert found["delta"]["content"] == "ab" and found["finish_reason"] is None and "token_ids" not in found
+    assert found["logprobs"]["content"] == [
+        {"token": "token_id:97", "logprob": -0.5, "top_logprobs": [{"token": "token_id:97", "logprob": -0.5}]},
+        {"token": "token_id:98", "logprob": -1.0, "top_logprobs": [{"token": "token_id:99", "logprob": -0.25}]},
+    ]
+    assert reply.piece(0, Piece(""), "stop")["logprobs"] is None

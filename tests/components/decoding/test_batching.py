@@ -183,6 +183,75 @@ def test_who_waits_longest_joins_first_and_caches_keep_their_bound(model):
     assert began == rows and most == 3  # 3 * 30, then the one of 80 alone
 
 
+@pytest.mark.parametrize("model", ["phi4mini"], indirect=True)
+def test_slots_stay_within_the_bound_and_rows_do_not_notice(model):
+    """Many short rows, then a long one that needs nearly all of it, then short ones again: slots shrink in rows, then in tokens."""
+    params = SamplingParams(max_new_tokens=24, seed=4, ignore_eos=True)
+    lengths = [*[6] * 12, 190, *[9] * 12, 50, 90]
+    rows = [Row(ids(length, place), params, place) for place, length in enumerate(lengths)]
+    running, sizes = batcher(model, max_batch=16, kv_tokens=256), set()
+    for row in rows:
+        running.add(row.ids, [row])
+    while running.busy:
+        running.round()
+        sizes |= {(running.slots.batch_size, running.slots.room_tokens)} if running.slots is not None else set()
+    assert max(count * tokens for count, tokens in sizes) <= 256, sizes
+    assert {count for count, _ in sizes} >= {1, 7} and max(tokens for _, tokens in sizes) >= 190
+    for row in rows[::6]:
+        alone, single = batcher(model), Row(row.ids[: row.prompt_length], params, row.draw)
+        alone.add(single.ids, [single])
+        finish(alone)
+        assert said([row]) == said([single])
+
+
+def test_prompts_are_read_in_turn(model):
+    """A long prompt does not hold up those that come after it, and each is read in the pieces that it would be read in alone."""
+    params = SamplingParams(max_new_tokens=3, ignore_eos=True)
+    long, short, middle = Row(ids(400), params), Row(ids(9, 1), params), Row(ids(40, 2), params)
+    running = batcher(model, prefill_chunk=16)
+    running.add(long.ids, [long])
+    running.round()
+    for row in (short, middle):
+        running.add(row.ids, [row])
+    pieces, rounds = [], 0
+    hook = model.register_forward_pre_hook(lambda _, inputs: pieces.append(inputs[0].input_ids.shape[1]))
+    while middle.finish_reason is None:
+        running.round()
+        rounds += 1
+    hook.remove()
+    assert rounds < 12 and short.finish_reason == "length" and long.said == 0
+    assert sorted(piece for piece in pieces if piece > 1 and piece != 16) == [8, 9]  # 40 = 16 + 16 + 8
+    finish(running)
+    for row in (long, short, middle):
+        alone, single = batcher(model, prefill_chunk=16), Row(row.ids[: row.prompt_length], params)
+        alone.add(single.ids, [single])
+        finish(alone)
+        assert said([row]) == said([single])
+
+
+def test_rows_that_are_dropped_while_their_prompt_is_read_leave_no_place_behind(model):
+    params = SamplingParams(max_new_tokens=3, ignore_eos=True)
+    running, rows = batcher(model, max_batch=2, prefill_chunk=16), [Row(ids(100, place), params) for place in range(3)]
+    for row in rows:
+        running.add(row.ids, [row])
+    running.round()
+    running.drop(rows[:1])
+    finish(running)
+    assert rows[0].said == 0 and [row.said for row in rows[1:]] == [3, 3]
+
+
+def test_a_row_that_cannot_be_prepared_is_refused_before_it_joins(model):
+    """In a step it would end all."""
+    running = batcher(model)
+    with pytest.raises(IndexError):
+        running.add(ids(5), [Row(ids(5), SamplingParams(stop_ids=(10**9,), min_new_tokens=2))])
+    assert not running.busy
+    row = Row(ids(5), SamplingParams(max_new_tokens=2, top_k=10**30, ignore_eos=True))  # more than there are tokens: all of them
+    running.add(row.ids, [row])
+    finish(running)
+    assert row.said == 2
+
+
 def test_slots_are_reused_and_running_rows_are_not_copied(model, monkeypatch):
     """Rows that join and leave touch their own slots; a row is moved only where nobody waits for the hole before it."""
     running = batcher(model, max_batch=3)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import random
 import re
+from concurrent.futures import ThreadPoolExecutor
 
 import numpy as np
 import pytest
@@ -304,14 +305,26 @@ def test_rows_without_constraints_share_the_mask_of_all():
         ("a{200000}", r"at most 100000 repetitions"),
         ("(" * 200 + ")" * 200, r"at most 100 groups"),
         (r"a[^\0-\U0010ffff]", r"matches no text at all"),
-        ("(a|b)*a(a|b){20}", r"needs more than 20000 states"),
+        ("[ab]*a[ab]{20}", r"needs more than 20000 states"),
         ("((a{400}){400}){400}", r"needs more than 20000 states"),
+        ("(?:.*a){1500}", r"needs more than 20000000 steps to be prepared"),  # hours, without that bound
+        ("(?:a?){9000}", r"needs more than 20000000 steps to be prepared"),
     ],
 )
 def test_patterns_that_cannot_be_used_are_refused_at_the_place(pattern, message):
     with pytest.raises(UserError, match=message) as caught:
         of_regex(pattern)
     assert str(caught.value).startswith(f"decode.regex: {pattern!r}") and "\n" not in str(caught.value)
+
+
+def test_threads_that_ask_at_once_share_one_machine():
+    held, made = Constraints(bytes_tokenizer(), 261), []
+    real = module.Machine
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(module, "Machine", lambda *arguments: made.append(1) or real(*arguments))
+        with ThreadPoolExecutor(8) as threads:
+            found = list(threads.map(lambda _: held.machine(Constraint(regex="[ab]{2,40}"), (256,)), range(32)))
+    assert len(made) == 1 and len(set(map(id, found))) == 1
 
 
 def test_too_many_choices_are_refused():

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import tracemalloc
 
 import pyarrow as pa
 import pyarrow.parquet as pq
@@ -12,7 +13,8 @@ from store_worker import SPACE, identity, row_of, shuffled
 from test_store import fill, open_again
 
 from components.errors import UserError
-from components.store import Store, finish
+from components.store import Store, count_distinct, finish
+from components.store.ids import digests_of
 
 
 def final_bytes(folder):
@@ -35,7 +37,8 @@ def test_rows_stand_in_input_order_and_success_names_them(tmp_path):
         want = row_of(index)
         assert {**row, "parts": json.loads(row["parts"])} == {"request_id": identity(index), "index": index, "score": None, **want}
     ids = b"".join(sorted(bytes.fromhex(identity(index)) for index in range(50)))
-    assert json.loads(files["_SUCCESS"]) == {"rows": 50, "ids_sha256": hashlib.sha256(ids).hexdigest()}
+    sizes = {name: len(data) for name, data in files.items() if name != "_SUCCESS"}
+    assert json.loads(files["_SUCCESS"]) == {"rows": 50, "ids_sha256": hashlib.sha256(ids).hexdigest(), "files": sizes} and len(sizes) == 1
 
 
 def test_bytes_depend_on_the_rows_alone(tmp_path, monkeypatch):
@@ -134,6 +137,41 @@ def test_nothing_to_do_is_an_empty_table_and_a_second_finish_writes_nothing(tmp_
         before = (final / "_SUCCESS").stat().st_mtime_ns
         store.finish(0)
         assert (final / "_SUCCESS").stat().st_mtime_ns == before
+
+
+def test_final_files_that_are_gone_or_cut_are_written_again(tmp_path, monkeypatch):
+    monkeypatch.setattr(finish, "FILE_BYTES", 1000)
+    monkeypatch.setattr(finish, "GROUP_ROWS", 8)
+    before = finished(tmp_path, 40, range(40))
+    assert len(before) > 3
+    whole = tmp_path / "final" / "data-00001.parquet"
+    marker = json.loads(before["_SUCCESS"])
+    del marker["files"]  # as it was written before sizes were kept
+    for harm in (whole.unlink, lambda: whole.write_bytes(before[whole.name][:-1]), lambda: (whole.parent / "_SUCCESS").write_text("{"),
+                 lambda: (whole.parent / "_SUCCESS").write_text(json.dumps(marker))):  # fmt: skip
+        harm()
+        with open_again(tmp_path) as store:
+            store.finish(40)
+        assert final_bytes(tmp_path) == before
+
+
+def test_an_order_costs_sixteen_bytes_a_row_and_equal_requests_are_found(tmp_path):
+    count = 200_000
+    names = (f"{place:032x}" for place in range(count))
+    tracemalloc.start()
+    try:
+        found = digests_of(names)
+        assert tracemalloc.get_traced_memory()[1] < 40 * count  # a bytearray grows by an eighth, and is moved once more while it does
+    finally:
+        tracemalloc.stop()
+    assert found[16:32].hex() == f"{1:032x}" and len(found) == 16 * count
+    monkey = [identity(place) for place in shuffled(50, 3, 9)]
+    assert count_distinct(iter(monkey)) == 50 and count_distinct([]) == 0
+    with pytest.raises(UserError, match=r"^prompts: requests 7 and 50 \(from 0\) are the same"):
+        count_distinct([*monkey, monkey[7]])
+    many = [f"{place % 65536:032x}" for place in range(65537)]  # the two lie on both sides of a piece's end
+    with pytest.raises(UserError, match="requests 0 and 65536"):
+        count_distinct(many)
 
 
 def test_reserved_columns_are_refused(tmp_path):

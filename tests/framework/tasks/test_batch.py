@@ -97,6 +97,16 @@ def test_what_cannot_be_answered_is_kept_and_said(home, call, tmp_path):
     assert code == 0 and len(pq.read_table(tmp_path / "out" / "final")) == 10
 
 
+def test_equal_requests_are_found_before_anything_is_asked(home, call, tmp_path):
+    file, out = tmp_path / "mine.jsonl", tmp_path / "out"
+    rows = [{"prompt": f"No. {i}", "id": str(i)} for i in range(8)]
+    file.write_text("".join(json.dumps(row) + "\n" for row in [*rows, rows[3]]))
+    for decode in ("sample", "gsa"):
+        code, err = call(out, f"prompts={file}", f"decode={decode}")
+        assert code == 2 and "requests 3 and 8 (from 0) are the same" in err and err.count("error:") == 1, err
+        assert not out.exists()
+
+
 @pytest.mark.parametrize(
     ("more", "line"),
     [

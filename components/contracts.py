@@ -313,14 +313,18 @@ class SamplingParams:
 
 @dataclass
 class Completion:
-    """token_ids and logprobs include the stop token, text does not. They are [] where an engine cannot say them."""
+    """token_ids and logprobs include the stop token, text does not. They are [] where an engine cannot say them.
+
+    Of an error and of a prompt that was passed over (skipped), stop_reason says why.
+    """
 
     token_ids: list[int]
     text: str
     logprobs: list[float]  # of the model's own distribution: temperature 1, nothing cut off
-    finish_reason: Literal["stop", "length", "error", "abort"]
+    finish_reason: Literal["stop", "length", "error", "abort", "skipped"]
     stop_reason: str | int | None = None  # the stop string or id that ended it
     alternatives: list[dict[int, float]] | None = None
+    prompt_cut: int = 0  # tokens that the prompt lost on its left, since it left no room for an answer
 
 
 Message = dict[str, str]  # {role, content}
@@ -393,8 +397,8 @@ class Engine(Protocol):
         """One completion a prompt, in order. With one SamplingParams prompt i draws from (seed, i), with a sequence from (seed_i, 0)."""
         ...
 
-    def completions(self, prompts: Sequence[Prompt], params: Decoding, first: int = 0) -> Iterator[tuple[int, Completion]]:
-        """As `generate`, but (index of the prompt, completion) as they are finished.
+    def completions(self, prompts: Sequence[Prompt | None], params: Decoding, first: int = 0) -> Iterator[tuple[int, Completion]]:
+        """As `generate`, but (index of the prompt, completion) as they are finished. Nothing comes of None, and nothing else changes.
 
         first: number of the first prompt, in a part of a larger call; with one SamplingParams prompt i draws from (seed, first + i).
         """

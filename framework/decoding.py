@@ -10,7 +10,7 @@ import hashlib
 import math
 from collections.abc import AsyncIterator, Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
-from typing import Any
+from typing import Any, cast
 
 from components.contracts import Completion, Engine, Prompt, Request, Result, SamplingParams, Usage
 from components.decoding.rounds import FAILED, Answer, Ask, Method, Query, Rounds, Said, Setting, Traced, copied, seed_of, with_others
@@ -80,6 +80,7 @@ class Call:
             "seed": params.seed, "temperature": params.temperature, "prompt_tokens": self.prompt_tokens, "shared": self.shared,
             "text": completion.text, "tokens": self.tokens, "finish_reason": completion.finish_reason,
             **({"error": completion.stop_reason} if completion.finish_reason in FAILED else {}),
+            "prompt_cut": completion.prompt_cut,
         }  # fmt: skip
 
 
@@ -112,8 +113,12 @@ class Open:
         done = [self.found[i][0] for i in range(len(self.asks))]
         for i, (ask, prompt) in enumerate(zip(self.asks, self.prompts, strict=True)):
             own, ids = self.found[i][1], isinstance(prompt, list) and all(isinstance(part, int) for part in prompt)
-            read, written = len(prompt) if ids else own.prompt or None, len(done[i].token_ids) or own.completion
+            read, written = len(prompt) - done[i].prompt_cut if ids else own.prompt or None, len(done[i].token_ids) or own.completion
+            if done[i].finish_reason == "skipped":  # nobody was asked
+                continue
             self.calls.append(Call(self.round, ask, done[i], read, prompt in self.prompts[:i], written))
+        if passed := next((one for one in done if one.finish_reason == "skipped"), None):
+            return Answer(passed)
         try:
             self.asks, self.found, self.round = self.rounds.send(done), {}, self.round + 1
         except StopIteration as end:
@@ -140,7 +145,8 @@ class Trace:
         completion = self.answer.completion
         return {
             "id": self.query.id, "said": self.query.said, "text": completion.text, "finish_reason": completion.finish_reason,
-            "error": completion.stop_reason if completion.finish_reason == "error" else None, "chosen": self.answer.chosen,
+            "error": completion.stop_reason if completion.finish_reason in ("error", "skipped") else None, "chosen": self.answer.chosen,
+            "prompt_cut": sum(call.completion.prompt_cut for call in self.calls),
             "candidates": [one.text for one in self.answer.candidates], "notes": self.answer.notes, "usage": self.usage(cost),
             "calls": [call.record(self.query) for call in self.calls],
         }  # fmt: skip
@@ -173,8 +179,8 @@ def run_queries(method: Method, queries: Iterable[Query], engine: Engine, render
     """
     started = (Open(i, query, rounds, next(rounds)) for i, query in enumerate(queries) for rounds in [method.answer(query, setting)])
     waiting = [one.ready(render) for one in started]
-    if isinstance(engine, RequestEngine):
-        yield from pipelined(waiting, engine, render)
+    if getattr(engine, "by_request", False):
+        yield from pipelined(waiting, cast(RequestEngine, engine), render)
         return
     while waiting:
         calls = [(one, place) for one in waiting for place in range(len(one.asks))]
@@ -224,7 +230,7 @@ def pipelined(waiting: Iterable[Open], engine: RequestEngine, render: Render) ->
 
 def seeded(engine: object, params: SamplingParams) -> SamplingParams:
     """Parameters of one call in a stream, with the seed that `completions` would give it."""
-    return replace(params, seed=row_seed(params.seed, 0)) if isinstance(engine, RequestEngine) else params
+    return replace(params, seed=row_seed(params.seed, 0)) if getattr(engine, "by_request", False) else params
 
 
 def completions(engine: Engine, prompts: Sequence[Prompt], params: Sequence[SamplingParams]) -> Iterator[tuple[int, Completion]]:

@@ -26,14 +26,15 @@ from components.decoding.sampling import check_params
 from framework.build import ConfigErrors, Run, build, build_data, load_run
 from framework.decoding import query_ids
 from framework.engines.building import takes
+from framework.engines.fitting import Policy, figures, fitted, words
 from framework.inherit import resolve_checkpoint
 from framework.kept import adapters_beside, put_on
 from framework.prompts import Renderer, Request, held_out_prompt, read_requests
 from framework.runtime import prepare_process
-from framework.signatures import ALLOWED, describe, fits, locate
+from framework.signatures import ALLOWED, describe, fits, locate, nearest_literal
 
 ASKS = {"prompt": None, "prompts": None, "output": None, "n": 1}  # keys of some tasks, and what they are when nothing is asked
-KEYS: dict[str, Any] = {"max_new_tokens": int, "device": str, "adapter": dict[str, Any]}
+KEYS: dict[str, Any] = {"max_new_tokens": int, "device": str, "too_long": Policy, "adapter": dict[str, Any]}
 ADAPTER_KEYS: dict[str, Any] = {"task": str | int | None, "merge": bool}
 
 
@@ -89,6 +90,8 @@ def generate(config: DictConfig, out_dir: Path) -> dict[str, float]:
     task, cache_dir = build(config.task), Path(config.paths.cache_dir)
     if method is not None and not getattr(task, "asks_in_rounds", False):
         raise UserError("decode: this option asks several times for one answer, which this task does not; take decode=sample or greedy")
+    if config.too_long != "error" and not getattr(task, "heeds_too_long", False):
+        raise UserError(f"too_long: {config.too_long!r}; this task does not look at it; drop it")
     executor, every_task = build(config.executor), getattr(task, "asks_every_task", False)
     if not executor.in_process and (every_task or getattr(task, "endless", False)):
         raise UserError("executor: this task works with a model in its own process; take executor=local")
@@ -99,7 +102,7 @@ def generate(config: DictConfig, out_dir: Path) -> dict[str, float]:
     def engine_of(of: DictConfig, source: Run | None) -> Engine:
         engine: Engine = executor.engine(of, source, cache_dir)
         opened.callback(engine.close)
-        return engine
+        return fitted(engine, config.too_long, None if source is None else source.tokenizer)
 
     def another(path: str) -> Context:
         own = copy.deepcopy(config)
@@ -116,6 +119,7 @@ def generate(config: DictConfig, out_dir: Path) -> dict[str, float]:
     with ExitStack() as opened:
         context = Context(run, engine_of(config, run), params, out_dir, cache_dir, another, config.adapter.task, method, node)
         metrics = task.run(context)
+        metrics = {**figures(context.engine), **metrics}
     out_dir.mkdir(parents=True, exist_ok=True)
     (out_dir / "metrics.json").write_text(json.dumps({**metrics, "seed": config.seed, "engine": context.engine.engine_id}, indent=2) + "\n")
     return metrics
@@ -171,7 +175,11 @@ def switch_rope(model: Any, switch: str) -> None:
 def check_keys(config: DictConfig) -> None:
     """Check the keys that belong to no class; all problems at once."""
     values = cast(dict[str, Any], OmegaConf.to_container(config, resolve=True))
-    lines = [f"{key}: {values[key]!r} is not {describe(hint)}" for key, hint in KEYS.items() if not fits(values[key], hint)]
+    lines = [
+        f"{key}: {values[key]!r} is not {describe(hint)}{nearest_literal(values[key], hint)}"
+        for key, hint in KEYS.items()
+        if not fits(values[key], hint)
+    ]
     if not lines:
         own, hints = values["adapter"], ADAPTER_KEYS
         lines += [f"adapter.{key}: unknown key; its keys are {' and '.join(hints)}" for key in own if key not in hints]
@@ -211,6 +219,7 @@ class Answer:
     """
 
     asks_in_rounds = True
+    heeds_too_long = True
 
     def __init__(self, prompt: str | int | float | bool | None, prompts: str | None, output: str | None, n: int) -> None:
         if n < 1:
@@ -254,6 +263,7 @@ class Answer:
                 sys.stdout.flush()
             sys.stdout.write("\n")
         metrics = measures(tokens_of(context.engine) - before, time.perf_counter() - started, self.n)
+        tell(notes, words(figures(context.engine)))
         notes.print(summary(metrics, context), style="dim", markup=False)
         return metrics
 
@@ -282,14 +292,22 @@ class Answer:
                 file.flush()
                 bar.update(job, advance=1, rate=f"{tokens / seconds:.0f} tokens/s")
         metrics = measures(tokens, time.perf_counter() - started, len(prompts)) | {"errors": float(len(errors))}
-        notes.print(f"{len(prompts) - len(errors)} answers in {path}", markup=False)
+        done = figures(context.engine)
+        notes.print(f"{len(prompts) - len(errors) - done.get('prompts_skipped', 0):.0f} answers in {path}", markup=False)
         if errors:
             told = f"{len(errors)} of {len(prompts)} could not be had and are in the file with their error; the first: {errors[0]}"
             if len(errors) == len(prompts):
                 raise UserError(f"engine: {told}")
             notes.print(told, style="bold", markup=False)
+        tell(notes, words(done))
         notes.print(summary(metrics, context), style="dim", markup=False)
         return metrics
+
+
+def tell(console: Console, line: str) -> None:
+    """Say what must not be overlooked, if it is anything."""
+    if line:
+        console.print(line, style="bold", markup=False)
 
 
 def as_given(given: str | list[dict[str, str]], where: str = "prompt") -> Prompt:
@@ -333,16 +351,20 @@ def completions(engine: Engine, prompts: Sequence[Prompt], params: Decoding) -> 
 
 
 def record(request: Request, sample: int, completion: Completion, seconds: float) -> dict[str, Any]:
-    """One line of the output. logprob: of the whole answer, stop token included. seconds: since generation began."""
+    """One line of the output. logprob: of the whole answer, stop token included; None where the engine says none.
+
+    seconds: since generation began. error: why there is no answer, where there is none. prompt_cut: tokens that the prompt lost.
+    """
     return {
         "id": request.id,
         "sample": sample,
         "prompt": request.given,
         "text": completion.text,
         "token_ids": completion.token_ids,
-        "logprob": sum(completion.logprobs),
+        "logprob": sum(completion.logprobs) if completion.logprobs else None,
         "finish_reason": completion.finish_reason,
-        **({"error": completion.stop_reason} if completion.finish_reason == "error" else {}),
+        **({"error": completion.stop_reason} if completion.finish_reason in ("error", "skipped") else {}),
+        "prompt_cut": completion.prompt_cut,
         "tokens": len(completion.token_ids),
         "seconds": round(seconds, 3),
     }

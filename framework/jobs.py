@@ -16,6 +16,7 @@ from rich.console import Console
 
 from components.contracts import Diagnostics, Engine, Request, Result, UserError
 from components.store import Meter, Store
+from framework.engines.fitting import TOO_LONG, figures
 from framework.runtime import Interrupted, StopSignals
 
 TICK_SECONDS = 0.1  # how often signals, the clock of the store and the record are looked at
@@ -77,8 +78,10 @@ class Job:
         self.meter.answered(result.usage.prompt, result.usage.completion, result.latency.get("total"))
 
     def fail(self, identity: str, index: int, error: str) -> None:
-        self.meter.errors[error.split(":")[0]] += 1
-        self.store.error(identity, index, error, self.store.attempts(identity) + 1)
+        """Note an error. A prompt that is too long costs no attempt: it is the setting that has to change."""
+        kind = error.split(":")[0]
+        self.meter.errors[kind] += 1
+        self.store.error(identity, index, error, self.store.attempts(identity) + (kind != TOO_LONG))
 
     def unanswered(self) -> None:
         """Note those in flight as failed: the engine has ended."""
@@ -96,7 +99,7 @@ class Job:
         self.meter.in_flight = len(self.in_flight)
         if isinstance(engine, Diagnostics):
             self.meter.retries = int(engine.diagnostics().get("retries", 0))
-        return {**self.meter.record(), "given_up": self.given_up, "failed": self.store.failed}
+        return {**self.meter.record(), "given_up": self.given_up, "failed": self.store.failed, **figures(engine)}
 
 
 def say(line: str) -> None:
@@ -122,6 +125,7 @@ def why_unusable(request: Request, result: Result) -> str | None:
 def answer_row(request: Request, result: Result) -> dict[str, Any]:
     """A row that depends on the request and its answer alone, not on when or how it came: prompt, text, finish_reason, tokens, logprob.
 
+    prompt_cut: tokens that the prompt lost on its left; one that was passed over has the finish_reason skipped.
     With n = 1 plain values, otherwise text, finish_reason, token_ids and logprob are lists of n.
     """
     found: dict[str, list[Any]] = {
@@ -131,7 +135,8 @@ def answer_row(request: Request, result: Result) -> dict[str, Any]:
         "logprob": [sum(one.logprobs) if one.logprobs else None for one in result.completions],
     }
     values = {name: each[0] if request.n == 1 else each for name, each in found.items()}
-    tokens = {"prompt_tokens": result.usage.prompt, "completion_tokens": result.usage.completion}
+    cut = max((one.prompt_cut for one in result.completions), default=0)
+    tokens = {"prompt_tokens": result.usage.prompt, "completion_tokens": result.usage.completion, "prompt_cut": cut}
     return {"prompt": request.prompt, **values, **tokens}
 
 

@@ -16,6 +16,7 @@ from components.contracts import Completion, Prompt, SamplingParams, UserError
 from components.decoding.rounds import Said, Traced
 from components.evals.base import Row
 from framework import decoding
+from framework.engines import fitting
 from framework.generate import Answer, Context, Request, measures, new_file, progress_bar, renderer, summary
 from framework.statistics import k_correct
 
@@ -44,7 +45,7 @@ def counted(context: Context, found: Iterable[tuple[int, Traced]]) -> Iterator[t
     """The completions of answers of one call each, whose cost (see `decoding.usage_of`) is added to `context.spent`."""
     for index, answer in found:
         context.spent.update(answer.trace["usage"])
-        yield index, answer.candidates[0]
+        yield index, answer.candidates[0] if answer.candidates else fitting.skipped(str(answer.stop_reason))  # nobody was asked
 
 
 def answer_in_rounds(task: Answer, context: Context) -> dict[str, float]:
@@ -77,7 +78,9 @@ def answer_in_rounds(task: Answer, context: Context) -> dict[str, float]:
     metrics = {**measures(figures["decode/completion_tokens"], time.perf_counter() - started, len(requests)), **figures}
     if task.requests is None:
         sys.stdout.write(records[0]["text"] + "\n")
-    if failures := sum(record["error"] is not None for record in records):
+    if long := fitting.words(fitting.figures(context.engine)):
+        notes.print(long, style="bold", markup=False)
+    if failures := sum(record["finish_reason"] == "error" for record in records):
         notes.print(f"{failures} answer(s) failed; the reason stands at `error`", markup=False)
     notes.print(f"{len(requests)} answer(s), {figures['decode/calls']:.0f} calls; every call is in {path}", markup=False)
     notes.print(summary(metrics, context), style="dim", markup=False)

@@ -14,6 +14,7 @@ from typing import Any, Protocol
 from components.contracts import Completion, Engine, Tokenizer, UserError
 from components.decoding.rounds import FAILED, Traced
 
+SKIPPED = "skipped"  # finish reason of a prompt that went nowhere
 PORTION = 1 << 15  # tokens scored in one call
 
 
@@ -59,7 +60,7 @@ class Exam:
 class Row:
     """What was measured on one item. values: by measure, e.g. score (0 to 1) or loss (nats a token); record: what else is worth keeping.
 
-    error: why there is no answer to score; None where there is one.
+    error: why there is no answer to score; None where there is one. passed_over: it was not asked, as the user wants it (too_long=skip).
     """
 
     task: str
@@ -68,6 +69,7 @@ class Row:
     values: dict[str, float]
     record: dict[str, Any] = field(default_factory=dict)
     error: str | None = None
+    passed_over: bool = False
 
 
 class Evaluation(Protocol):
@@ -152,7 +154,9 @@ class Questions:
                 done += some[index].tokens
                 exam.progress(done, total, what)
                 error = failure(completion)
-                row = self._row(some[index], completion, losses[index]) if error is None else unanswered(some[index], error)
+                row = self._row(some[index], completion, losses[index]) if error is None else unanswered(some[index], completion, error)
+                if completion.prompt_cut:
+                    row.record["prompt_cut"] = completion.prompt_cut
                 if isinstance(completion, Traced):  # decoded in several calls
                     judged = completion.candidates if error is None else ()
                     row.record["candidates"] = [self._row(some[index], one, []).values for one in judged]
@@ -171,16 +175,17 @@ class Questions:
 
 
 def failure(completion: Completion) -> str | None:
-    """Why a completion is no answer: it failed, or one of the calls that it was made from did. None where it is one."""
+    """Why a completion is no answer: it failed, one of the calls that it was made from did, or it was passed over. None where it is one."""
     calls = completion.trace.get("calls", ()) if isinstance(completion, Traced) else ()
     ends = [(completion.finish_reason, completion.stop_reason), *((call["finish_reason"], call.get("error")) for call in calls)]
-    return next((str(why or reason) for reason, why in ends if reason in FAILED), None)
+    return next((str(why or reason) for reason, why in ends if reason in (*FAILED, SKIPPED)), None)
 
 
-def unanswered(item: Item, error: str) -> Row:
+def unanswered(item: Item, completion: Completion, error: str) -> Row:
     """The row of an item that has no answer: it has no score either, so that it is not taken for a wrong one."""
     record = {"prompt_tokens": item.prompt_tokens, "asked": item.asked, "expected": list(item.expected)}
-    return Row(item.task, item.length, item.depth, {}, record, error)
+    passed_over = completion.finish_reason == SKIPPED
+    return Row(item.task, item.length, item.depth, {}, {**record, "finish_reason": SKIPPED} if passed_over else record, error, passed_over)
 
 
 def portions(items: Sequence[Item]) -> Iterator[Sequence[Item]]:

@@ -34,6 +34,7 @@ from components.decoding.batching import Batcher, Row, never_said, rope_switch, 
 from components.decoding.constraints import Constraints, Machine
 from components.decoding.forward import Forward
 from components.decoding.sampling import check_params
+from framework.engines.fitting import TOO_LONG, refusal
 from framework.engines.native_jobs import Job, feed, said_of
 
 log = logging.getLogger(__name__)
@@ -118,18 +119,18 @@ class NativeEngine:
         done = dict(self.completions(prompts, params))
         return [done[index] for index in range(len(prompts))]
 
-    def completions(self, prompts: Sequence[Prompt], params: Decoding, first: int = 0) -> Iterator[tuple[int, Completion]]:
-        """As `generate`, but yields (index of the prompt, completion) as soon as each is finished. first: see the contract."""
+    def completions(self, prompts: Sequence[Prompt | None], params: Decoding, first: int = 0) -> Iterator[tuple[int, Completion]]:
+        """As `generate`, but yields (index of the prompt, completion) as soon as each is finished. None and first: see the contract."""
         single = isinstance(params, SamplingParams)
         each = [params] * len(prompts) if isinstance(params, SamplingParams) else list(params)
         if len(each) != len(prompts):
             raise ValueError(f"{len(prompts)} prompts and {len(each)} sampling parameters; give one for all, or one each")
-        rows = [
-            self._row(prompt, own, number if single else 0, f"prompt {number}")
-            for number, (prompt, own) in enumerate(zip(prompts, each, strict=True), start=first)
-        ]
-        index_of = {row: index for index, row in enumerate(rows)}
-        for said in self._decode(rows):
+        index_of = {
+            self._row(prompt, own, first + index if single else 0, f"prompt {first + index}"): index
+            for index, (prompt, own) in enumerate(zip(prompts, each, strict=True))
+            if prompt is not None
+        }
+        for said in self._decode(list(index_of)):
             for row in said:
                 if row.finish_reason is not None:
                     yield index_of[row], row.completion(self.tokenizer)
@@ -256,10 +257,8 @@ class NativeEngine:
         self._check_ids([ids], name)
         length = len(ids) + params.max_new_tokens
         if self.context_length is not None and length > self.context_length:
-            raise UserError(
-                f"{name}: {len(ids)} tokens and max_new_tokens={params.max_new_tokens} are more than the {self.context_length} of "
-                f"engine.context_length and engine.kv_tokens; shorten it"
-            )
+            limits = "of engine.context_length and engine.kv_tokens"
+            raise UserError(f"{TOO_LONG}: {name}: {refusal(len(ids), params.max_new_tokens, self.context_length, limits)}")
         self._warn_if_longer_than_trained(length)
         return Row(ids, params, draw)
 

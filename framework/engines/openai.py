@@ -15,10 +15,12 @@ import torch
 from torch import Tensor
 
 from components.contracts import Completion, Prompt, Request, Result, SamplingParams, Tokenizer, Usage, UserError
+from framework.engines.fitting import SAID, TOO_LONG, refusal
 from framework.engines.probe import probe
 from framework.engines.requests import Breaker, EngineError, RequestEngine, Retry, row_seed, seconds_to_wait
 
 RETRYABLE = (408, 409, 429)  # and everything from 500 on
+REFUSING = (400, 413, 422)  # what servers answer to a prompt that is too long, among others
 NOT_STREAMED = ("logprobs", "top_logprobs", "return_token_ids", "return_tokens_as_token_ids")  # nobody reads them there
 NEVER = -100  # the smallest bias of a logit
 NEEDS = {"top_k": "top_k", "min_p": "min_p", "logprobs": "alternatives"}  # key of the parameters -> capability, where it is not None
@@ -38,6 +40,7 @@ class OpenAIEngine(RequestEngine):
         base_url: such as http://127.0.0.1:8000/v1.
         name: of the model; None: the only one that the server offers.
         api_key_variable: environment variable that holds the key; where it is not set none is sent.
+        context_length: most tokens of a prompt and its answer; None: as the server says, where it does.
         concurrency: requests on their way at once.
         request_timeout_s: seconds for one answer.
         retry, breaker: see `RequestEngine`.
@@ -48,10 +51,12 @@ class OpenAIEngine(RequestEngine):
     takes = "tokenizer"
 
     def __init__(
-        self, tokenizer: Tokenizer | None, base_url: str, name: str | None, api_key_variable: str, concurrency: int,
-        request_timeout_s: float, retry: Retry, breaker: Breaker,
+        self, tokenizer: Tokenizer | None, base_url: str, name: str | None, api_key_variable: str, context_length: int | None,
+        concurrency: int, request_timeout_s: float, retry: Retry, breaker: Breaker,
     ) -> None:  # fmt: skip
         super().__init__(concurrency, retry, breaker)
+        if context_length is not None and context_length < 1:
+            raise UserError(f"engine.context_length: {context_length}; at least 1 is allowed")
         self.tokenizer, self.base_url = tokenizer, base_url.rstrip("/")
         key = os.environ.get(api_key_variable)
         self._options: dict[str, Any] = {
@@ -64,7 +69,8 @@ class OpenAIEngine(RequestEngine):
         self._told = False
         with httpx.Client(**self._options) as client:
             found = probe(client, self.base_url, name, tokenizer, retry)
-        self.model_id, self.context_length, self.capabilities = found.name, found.context_length, found.capabilities
+        self.model_id, self.capabilities = found.name, found.capabilities
+        self.context_length = min((most for most in (context_length, found.context_length) if most is not None), default=None)
         self.engine_id = f"openai:{self.base_url}"
         self.tokenizer_id = "" if tokenizer is None else str(getattr(tokenizer, "fingerprint", ""))
 
@@ -107,10 +113,10 @@ class OpenAIEngine(RequestEngine):
         if missing:
             raise EngineError("unsupported", f"{self.base_url} does not take {', '.join(missing)}", retryable=False)
         if self.context_length is not None and isinstance(request.prompt, list) and request.prompt and isinstance(request.prompt[0], int):
-            needed = len(request.prompt) + params.max_new_tokens
-            if needed > self.context_length:
-                message = f"{len(request.prompt)} tokens and {params.max_new_tokens} new ones; the server takes {self.context_length}"
-                raise EngineError("too_long", message, retryable=False)
+            tokens = len(request.prompt)
+            if tokens + params.max_new_tokens > self.context_length:
+                message = refusal(tokens, params.max_new_tokens, self.context_length, f"that {self.base_url} takes")
+                raise EngineError(TOO_LONG, message, retryable=False)
 
     def _mention_seeds(self, params: SamplingParams) -> None:
         """Say once that seeds have no effect, where they should have one."""
@@ -219,7 +225,7 @@ class OpenAIEngine(RequestEngine):
 
 
 def check_status(answer: httpx.Response, where: str) -> None:
-    """Raise EngineError for anything but 200."""
+    """Raise EngineError for anything but 200. A prompt that is too long is an error of that kind, in whatever words it is said."""
     code = answer.status_code
     if code == 200:
         return
@@ -229,7 +235,9 @@ def check_status(answer: httpx.Response, where: str) -> None:
     except (ValueError, AttributeError):
         said = answer.text
     wait = seconds_to_wait(answer.headers.get("retry-after", ""))
-    raise EngineError(f"http_{code}", f"{where} answered {code}: {str(said)[:300]}", code in RETRYABLE or code >= 500, wait)
+    long = code in REFUSING and isinstance(said, str) and SAID.search(said) is not None
+    kind, message = TOO_LONG if long else f"http_{code}", f"{where} answered {code}: {str(said)[:300]}"
+    raise EngineError(kind, message, code in RETRYABLE or code >= 500, wait)
 
 
 def is_talk(prompt: Prompt) -> bool:

@@ -122,15 +122,19 @@ def row_seed(seed: int, row: int) -> int:
         return int(mix64(state + (np.array([row], dtype=np.uint64) + np.uint64(1)) * golden)[0]) >> (64 - SEED_BITS)
 
 
-def as_requests(prompts: Sequence[Prompt], params: Decoding, first: int = 0) -> list[Request]:
-    """The prompts of a call as requests named 0, 1, ..., each with the seed that it has by the contract, where `first` is explained."""
+def as_requests(prompts: Sequence[Prompt | None], params: Decoding, first: int = 0) -> list[Request]:
+    """The prompts of a call as requests named 0, 1, ..., each with the seed that it has by the contract, where `first` is explained.
+
+    None of a prompt that is None.
+    """
     if isinstance(params, SamplingParams):
         each = [dataclasses.replace(params, seed=row_seed(params.seed, first + index)) for index in range(len(prompts))]
     else:
         each = [dataclasses.replace(one, seed=row_seed(one.seed, 0)) for one in params]
     if len(each) != len(prompts):
         raise ValueError(f"{len(prompts)} prompts, but {len(each)} sampling parameters")
-    return [Request(str(index), prompt, one) for index, (prompt, one) in enumerate(zip(prompts, each, strict=True))]
+    both = enumerate(zip(prompts, each, strict=True))
+    return [Request(str(index), prompt, one) for index, (prompt, one) in both if prompt is not None]
 
 
 def failed(error: str) -> Completion:
@@ -150,6 +154,7 @@ class RequestEngine:
     concurrency: requests on their way at once in `generate`. retry, breaker: what is done about failures.
     """
 
+    by_request = True  # each request is on its own: what follows from its answer need not wait for the others
     capabilities: frozenset[str] = frozenset()
     engine_id = model_id = tokenizer_id = ""
     context_length: int | None = None
@@ -246,7 +251,7 @@ class RequestEngine:
     def _failure(self, request: Request, error: EngineError, began: float) -> Result:
         return Result(request.id, [], Usage(), {"total": time.monotonic() - began}, self.engine_id, f"{error.kind}: {error}")
 
-    def completions(self, prompts: Sequence[Prompt], params: Decoding, first: int = 0) -> Iterator[tuple[int, Completion]]:
+    def completions(self, prompts: Sequence[Prompt | None], params: Decoding, first: int = 0) -> Iterator[tuple[int, Completion]]:
         """See the contract. An answer that could not be had has the finish_reason error, and stop_reason says why."""
         for result in self._results(as_requests(prompts, params, first)):
             yield int(result.request_id), result.completions[0] if result.error is None else failed(result.error)

@@ -28,6 +28,7 @@ from components.contracts import (
 )
 from components.decoding.sampling import RowSampling, check_params, sample_token, seen_tokens
 from components.decoding.stops import TextStream
+from framework.engines.fitting import TOO_LONG, refusal
 from framework.engines.requests import told
 
 GATHER_SECONDS = 0.02  # after the first request of a batch
@@ -44,6 +45,7 @@ class TransformersEngine:
         folder: a checkpoint that transformers reads, such as the run's export.
         tokenizer: the run's.
         max_batch: rows of a batch; prompts of similar length share one.
+        context_length: most tokens of a prompt and its answer; longer requests are refused. None: no end.
         dtype: of the weights.
         device: where the model is put, or auto.
 
@@ -56,9 +58,13 @@ class TransformersEngine:
         {"n", "seed", "logprobs", "token_ids", "score", "top_k", "min_p", "repetition_penalty", "stop_ids", "ignore_eos"}
     )
 
-    def __init__(self, folder: Path, tokenizer: Tokenizer, max_batch: int, dtype: Literal["float32", "bfloat16"], device: str) -> None:
-        if max_batch < 1:
-            raise UserError(f"engine.max_batch: {max_batch}; at least 1 is allowed")
+    def __init__(
+        self, folder: Path, tokenizer: Tokenizer, max_batch: int, context_length: int | None, dtype: Literal["float32", "bfloat16"],
+        device: str,
+    ) -> None:  # fmt: skip
+        for key, value in (("max_batch", max_batch), ("context_length", context_length)):
+            if value is not None and value < 1:
+                raise UserError(f"engine.{key}: {value}; at least 1 is allowed")
         try:
             from transformers import AutoModelForCausalLM, GenerationConfig
         except ImportError as error:
@@ -70,7 +76,7 @@ class TransformersEngine:
         self.tokenizer, self.max_batch, self.dtype = tokenizer, max_batch, getattr(torch, dtype)
         self.engine_id, self.model_id = "transformers", Path(folder).name
         self.tokenizer_id = str(getattr(tokenizer, "fingerprint", ""))
-        self.context_length: int | None = None  # nothing ends it
+        self.context_length = context_length
         self._blocked = torch.arange(self.model.config.vocab_size, device=place) >= tokenizer.vocab_size
         self._blocked[list(tokenizer.unsaid_ids)] = True
         self._generated = 0
@@ -81,12 +87,12 @@ class TransformersEngine:
         done = dict(self.completions(prompts, params))
         return [done[index] for index in range(len(prompts))]
 
-    def completions(self, prompts: Sequence[Prompt], params: Decoding, first: int = 0) -> Iterator[tuple[int, Completion]]:
-        """See the contract. Raises UserError for a prompt that is no ids, or parameters that this engine does not have."""
-        if isinstance(params, SamplingParams):
-            rows = [(index, self._ids(prompt), params, first + index) for index, prompt in enumerate(prompts)]
-        else:
-            rows = [(index, self._ids(prompt), one, 0) for index, (prompt, one) in enumerate(zip(prompts, params, strict=True))]
+    def completions(self, prompts: Sequence[Prompt | None], params: Decoding, first: int = 0) -> Iterator[tuple[int, Completion]]:
+        """See the contract. Raises UserError for a prompt that is no ids or too long, or parameters that this engine does not have."""
+        single = isinstance(params, SamplingParams)
+        each = [params] * len(prompts) if isinstance(params, SamplingParams) else params
+        asked = [(i, prompt, one) for i, (prompt, one) in enumerate(zip(prompts, each, strict=True)) if prompt is not None]
+        rows = [(i, self._ids(prompt, one, f"prompt {first + i}"), one, first + i if single else 0) for i, prompt, one in asked]
         for _, _, one, _ in rows:
             self._check(one)
         for batch in batches(rows, self.max_batch):
@@ -109,8 +115,8 @@ class TransformersEngine:
         """See the contract. transformers' generate cannot be stopped: a batch is written to its end, and the answer dropped."""
         self._cancelled.add(request)
 
-    def _ids(self, prompt: Prompt) -> list[int]:
-        """Raise ValueError for a text, a conversation, nothing, or an id that the model does not have."""
+    def _ids(self, prompt: Prompt, params: SamplingParams, name: str) -> list[int]:
+        """Raise ValueError for a text, a conversation, nothing, or an id that the model does not have; UserError for too many ids."""
         if isinstance(prompt, str) or not all(isinstance(part, int) for part in prompt):
             raise ValueError("this engine takes token ids; render texts and conversations first")
         ids, size = cast(list[int], prompt), self.model.config.vocab_size
@@ -118,6 +124,9 @@ class TransformersEngine:
             raise ValueError(
                 f"a prompt of {len(ids)} ids up to {max(ids, default=0)}; at least one is needed, and the model knows 0 to {size - 1}"
             )
+        if self.context_length is not None and len(ids) + params.max_new_tokens > self.context_length:
+            limit = self.context_length
+            raise UserError(f"{TOO_LONG}: {name}: {refusal(len(ids), params.max_new_tokens, limit, 'of engine.context_length')}")
         return ids
 
     def _round(self, requests: list[Request]) -> list[tuple[Request, Result]]:
@@ -125,7 +134,7 @@ class TransformersEngine:
         for place, request in enumerate(requests):
             try:
                 self._check(request.params)
-                ids = self._ids(request.prompt)
+                ids = self._ids(request.prompt, request.params, "prompt")
                 rows += [(place, ids, request.params, sample) for sample in range(request.n)]
                 found[place] = Result(request.id, [], Usage(prompt=len(ids) * request.n), {}, self.engine_id)
             except (UserError, ValueError) as error:

@@ -60,7 +60,7 @@ class VLLMEngine(OpenAIEngine):
         self._process = self._start()
         atexit.register(self.close)
         try:
-            super().__init__(tokenizer, f"http://127.0.0.1:{self._port}/v1", None, "", concurrency, request_timeout_s, retry, breaker)
+            super().__init__(tokenizer, f"http://127.0.0.1:{self._port}/v1", None, "", None, concurrency, request_timeout_s, retry, breaker)
         except BaseException:
             self.close()
             raise

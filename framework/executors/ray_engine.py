@@ -98,7 +98,7 @@ class RayEngine:
         done = dict(self.completions(prompts, params))
         return [done[index] for index in range(len(prompts))]
 
-    def completions(self, prompts: Sequence[Prompt], params: Decoding, first: int = 0) -> Iterator[tuple[int, Completion]]:
+    def completions(self, prompts: Sequence[Prompt | None], params: Decoding, first: int = 0) -> Iterator[tuple[int, Completion]]:
         """See the contract; as their blocks are done. Raises UserError for what a worker refuses, or one that dies again and again."""
         single = params if isinstance(params, SamplingParams) else None
         each = [None] * len(prompts) if isinstance(params, SamplingParams) else list(params)
@@ -208,11 +208,14 @@ class RayEngine:
         """Every (place, answer) of a call. Raises UserError where some are missing."""
         for begin in range(0, len(asks), self.window):
             some, count = asks[begin : begin + self.window], 0
+            wanted = sum(ask[1] is not None for ask in some)
+            if not wanted:
+                continue
             for one in self._answers(kind, some, max(1, self.options.batch_size), params):
                 count += 1
                 yield one
-            if count < len(some):
-                raise UserError(f"executor: {len(some) - count} of {len(some)} requests have no answer; {LOST}")
+            if count < wanted:
+                raise UserError(f"executor: {wanted - count} of {wanted} requests have no answer; {LOST}")
 
     def _answers(self, kind: Kind, asks: Sequence[Any], concurrency: int, params: SamplingParams | None) -> Iterator[Any]:
         """Run one Dataset; yields answers as their blocks are done, in any order. Raises what a worker says that it met."""

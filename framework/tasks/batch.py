@@ -13,6 +13,7 @@ from components.decoding.rounds import Query, each_with_other, seed_of
 from components.store import Store, count_distinct, request_id
 from framework.decoding import seeded, setting_of
 from framework.engines.building import identity
+from framework.engines.fitting import words
 from framework.generate import Context, measures, renderer, tokens_of
 from framework.jobs import answer_row, run_job, say
 from framework.prompts import Request as Asked
@@ -36,6 +37,7 @@ class Batch:
     """
 
     asks_in_rounds = True
+    heeds_too_long = True
 
     def __init__(
         self, prompts: str | None, output: str | None, n: int, concurrency: int, max_attempts: int, missing: Literal["refuse", "skip"],
@@ -85,8 +87,11 @@ class Batch:
                 say(f"{lost:,} requests have no answer; why is in {self.output / 'errors.jsonl'}")
             final = store.finish(total, self.missing, (name for name, _, _ in self._named()))
             answered = len(store) - before
-        say(f'{total - lost:,} answers in {final}. Next: datasets.load_dataset("parquet", data_dir={str(final)!r}, split="train")')
-        return {**measures(tokens_of(context.engine) - tokens, time.monotonic() - began, answered), "errors": float(lost)}
+        if told := words(long := treated(final)):
+            say(f"{told}; see prompt_cut and finish_reason in {final}")
+        done = total - lost - int(long["prompts_skipped"])
+        say(f'{done:,} answers in {final}. Next: datasets.load_dataset("parquet", data_dir={str(final)!r}, split="train")')
+        return {**measures(tokens_of(context.engine) - tokens, time.monotonic() - began, answered), "errors": float(lost), **long}
 
     def _in_rounds(self, context: Context, store: Store, total: int) -> None:
         """Answer what is missing in several calls each; the calls are kept in a store of their own."""
@@ -161,3 +166,18 @@ class Batch:
         """What is kept of an answer: the prompt as it was given, under the file's own id, in the place of its token ids."""
         asked = self._asked.pop(request.id)
         return {"id": str(asked.id), **answer_row(request, result), "prompt": asked.given}
+
+
+def treated(final: Path) -> dict[str, float]:
+    """How many prompts of the final files were cut and passed over, in whichever start of the command."""
+    import pyarrow.parquet as pq
+
+    found = {"prompts_cut": 0.0, "prompts_skipped": 0.0}
+    for path in sorted(final.glob("*.parquet")):
+        file = pq.ParquetFile(path)
+        columns = [name for name in ("finish_reason", "prompt_cut") if name in file.schema_arrow.names]
+        for batch in file.iter_batches(columns=columns) if columns else ():
+            rows = batch.to_pydict()
+            found["prompts_skipped"] += sum("skipped" in (reason or "") for reason in rows.get("finish_reason", ()))
+            found["prompts_cut"] += sum(bool(cut) for cut in rows.get("prompt_cut", ()))
+    return found

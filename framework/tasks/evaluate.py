@@ -24,6 +24,7 @@ from components.contracts import Completion, Prompt, Tokenizer, UserError
 from components.decoding.rounds import Said
 from components.evals.base import Evaluation, Exam, Row
 from framework.build import Run, build_data
+from framework.engines import fitting
 from framework.evaluation_plots import heat_map, is_share, length_curve, unit
 from framework.generate import Context, new_file, run_renderer
 from framework.overrides import group_options
@@ -51,6 +52,7 @@ class Evaluate:
     """
 
     asks_in_rounds = True
+    heeds_too_long = True
 
     def __init__(self, evaluation: Evaluation | None, missing: Literal["refuse", "skip"], then: dict[str, list[str]]) -> None:
         if evaluation is None:
@@ -83,6 +85,8 @@ class Evaluate:
         metrics |= figures_of(self.evaluation.name, rows, console) or {f"decode/{key}": float(n) for key, n in context.spent.items()}
         if words:
             console.print(words, markup=False)
+        if long := fitting.words(fitting.figures(context.engine)):
+            say(f"{long}; in {RESULTS} they have prompt_cut or error")
         title = f"{self.evaluation.name}: {subject(context, lambda path: path.name)}"
         pictures = draw(self.evaluation.name, answered, exam.trained_length, context.out_dir, title)
         seconds = time.monotonic() - began
@@ -93,14 +97,18 @@ class Evaluate:
         return {**metrics, "items": float(len(rows)), "errors": float(failed), "seconds": seconds}
 
     def unanswered(self, rows: Sequence[Row], file: Path) -> int:
-        """How many items have no answer. Raises UserError where that is not allowed, or none has one."""
-        errors = [row.error for row in rows if row.error is not None]
-        if errors and (self.missing == "refuse" or len(errors) == len(rows)):
-            skip = "" if len(errors) == len(rows) else "; task.missing=skip measures the others alone"
+        """How many items have no answer. Raises UserError where that is not allowed, or none has one.
+
+        Those that were passed over (too_long=skip) are allowed: it was asked for.
+        """
+        missing = [row for row in rows if row.error is not None]
+        failed = [row for row in missing if not row.passed_over]
+        if missing and ((failed and self.missing == "refuse") or len(missing) == len(rows)):
+            skip, some = "" if len(missing) == len(rows) else "; task.missing=skip measures the others alone", failed or missing
             raise UserError(
-                f"task.missing: {len(errors)} of {len(rows)} items have no answer, the first: {errors[0]}; {file} has them all{skip}"
+                f"task.missing: {len(some)} of {len(rows)} items have no answer, the first: {some[0].error}; {file} has them all{skip}"
             )
-        return len(errors)
+        return len(missing)
 
 
 def subject(context: Context, of: Callable[[Path], Any]) -> str:
@@ -190,7 +198,8 @@ def make_exam(context: Context) -> Exam:
         if holder is not None and len(holder) and index is None:
             holder.set(task)
 
-    limit = getattr(engine, "context_length", None)
+    # prompts that are too long are somebody else's business under another policy than `error`
+    limit = None if fitting.figures(engine) else getattr(engine, "context_length", None)
     exam = Exam(
         engine, run.tokenizer, trained_length(run), limit, turn(render, run), rendered, text, complete, another, Progress(), questions,
         choose,

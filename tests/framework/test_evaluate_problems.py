@@ -69,7 +69,7 @@ def test_what_is_suggested_next_fits_what_was_run(home, monkeypatch):
     then = OmegaConf.to_container(compose("generate", ["task=evaluate", "eval=choice"]).task.then)
     assert set(then) <= set(group_options("eval"))
     run = load_run(home / "outputs" / "text")
-    context = SimpleNamespace(run=run, method=None, task=None, out_dir="out")
+    context = SimpleNamespace(run=run, source=run, method=None, task=None, out_dir="out")
 
     def after(name, *typed, method=None):
         context.method = method
@@ -99,6 +99,42 @@ def test_what_is_suggested_next_fits_what_was_run(home, monkeypatch):
     for name in then:  # each is accepted by the command itself
         typed = ("task=evaluate", f"eval={name}")
         compose("generate", shlex.split(after(name, *typed))[2:])
+
+
+@pytest.mark.parametrize("policy", ["error", "truncate_left", "skip"])
+@pytest.mark.parametrize("decode", ["greedy", "self_consistency"])
+def test_a_question_that_is_too_long(call, home, tmp_path, policy, decode):
+    """Refused before anything is asked; or asked without its beginning; or passed over, which is in no score, counted and said."""
+    file = tmp_path / "long.jsonl"
+    file.write_text("".join(json.dumps(row) + "\n" for row in [*PROBLEMS, {**PROBLEMS[0], "question": "Well, " * 20 + "what is 0 + 1?"}]))
+    words = ["eval=gsm8k", f"eval.path={file}", "engine.context_length=64", f"decode={decode}"]
+    if policy == "error":
+        if decode == "greedy":
+            refused(call("text", *words), "eval.max_new_tokens", "at most 64")
+        return
+    code, _, err = call("text", *words, f"too_long={policy}")
+    assert code == 0 and "Traceback" not in err, err
+    lines = {line["asked"]: line for line in map(json.loads, (tmp_path / "out" / "results.jsonl").read_text().splitlines())}
+    metrics = json.loads((tmp_path / "out" / "metrics.json").read_text())
+    long = lines.pop(max(lines, key=len))
+    assert len(lines) == 3 and not any("error" in line or "prompt_cut" in line for line in lines.values())
+    if policy == "skip":
+        assert "more than the 64 that this engine takes" in long["error"] and long["finish_reason"] == "skipped"
+        assert not any(key.endswith("score") for key in long) and all("strict_score" in line for line in lines.values())
+        right = sum(line["strict_score"] for line in lines.values())
+        assert metrics["gsm8k/strict_score"] == right / 3 and metrics["errors"] == 1 and metrics["prompts_skipped"] >= 1
+        assert "4 items, 1 of them without an answer and in no score" in err
+        assert "skipped; in results.jsonl they have prompt_cut or error" in err
+    else:
+        assert long["prompt_cut"] == long["prompt_tokens"] - 60 > 0 and metrics["errors"] == 0
+        assert "cut on the left; in results.jsonl" in err
+
+
+def test_questions_that_are_all_passed_over_are_no_measurement(call, home, tmp_path):
+    file = tmp_path / "long.jsonl"
+    file.write_text(json.dumps({**PROBLEMS[0], "question": "Well, " * 20 + "what is 0 + 1?"}) + "\n")
+    said = call("text", "eval=gsm8k", f"eval.path={file}", "engine.context_length=64", "decode=greedy", "too_long=skip")
+    refused(said, "1 of 1 items have no answer", "more than the 64")
 
 
 def test_a_run_is_asked_as_it_was_trained(home):

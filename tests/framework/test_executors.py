@@ -15,6 +15,7 @@ import pytest
 import generate as entry_point
 from components.contracts import CANCELLED, Completion, Request, Result, SamplingParams, Usage, UserError
 from framework.build import build, compose, load_run
+from framework.engines.fitting import fitted
 from framework.engines.native import NativeEngine
 from framework.engines.requests import as_requests, each_of
 from framework.executors.ray import join
@@ -244,6 +245,28 @@ def test_completions_and_scores_of_a_block(native):
     assert dict(found[:-1]) == {place: whole[place] for place in (2, 3, 4)}
     (found,) = blocks(Worker(Given(native), "score", 4, None), [(7, [256, 65, 66])])  # type: ignore[arg-type]
     assert found[0][0] == 7 and np.array_equal(found[0][1], native.score([[256, 65, 66]])[0].numpy())
+
+
+@pytest.mark.parametrize("window", [4, 100])
+def test_prompts_that_are_passed_over_ask_nobody_and_move_no_other(native, window):
+    """The policy stands round the executor's engine: its holes go through Datasets, and a Dataset of holes alone is not begun."""
+
+    class Blocks(Windows):
+        def _answers(self, kind, asks, concurrency, params):
+            self.seen.append(len(asks))
+            for begin in range(0, len(asks), 3):
+                (found,) = blocks(Worker(Given(native), kind, concurrency, params), asks[begin : begin + 3])  # type: ignore[arg-type]
+                yield from found[:-1]
+
+    engine, short, long = Blocks(window=window), [256, 65], [256] * 8
+    each = [SamplingParams(max_new_tokens=4, seed=seed, ignore_eos=True) for seed in range(10)]
+    places = (0, 2, 8, 9)
+    prompts = [short if place in places else long for place in range(10)]
+    for params in (each[3], each):
+        found, whole = fitted(engine, "skip", None).generate(prompts, params), native.generate([short] * 10, params)
+        assert [one.finish_reason == "skipped" for one in found] == [place not in places for place in range(10)]
+        assert all(found[place] == whole[place] for place in places)
+    assert engine.seen == ([4, 2] * 2 if window == 4 else [10] * 2)
 
 
 class Breaking:

@@ -99,6 +99,27 @@ def test_prompt_is_streamed_and_followed_by_one_line(call, run):
     assert "tokens/s" in line and str(run) in line and "step 7" in line and "python generate.py" in line
 
 
+def test_prompts_that_are_too_long(call, tmp_path):
+    file = prompts_file(tmp_path, {"prompt": "The 3th"}, {"prompt": "The cat sat on the mat and " * 20}, {"prompt": "The"})
+    limit = "engine.context_length=40"
+    refused(call(f"prompts={file}", f"output={tmp_path / 'a.jsonl'}", limit), "too_long: prompt 1:", "more than the 40", "too_long=skip")
+    refused(call(f"prompts={file}", limit, "too_long=truncate"), "too_long: 'truncate' is not one of error, truncate_left, skip; did you")
+    refused(call("task=rollouts", limit, "too_long=skip"), "too_long: 'skip'; this task does not look at it")
+    for policy in ("skip", "truncate_left"):
+        out = tmp_path / f"{policy}.jsonl"
+        code, _, err = call(f"prompts={file}", f"output={out}", limit, f"too_long={policy}")
+        first, long, last = map(json.loads, out.read_text().splitlines())
+        assert code == 0 and first["prompt_cut"] == last["prompt_cut"] == 0 and "error" not in first, err
+        if policy == "skip":
+            assert (long["finish_reason"], long["text"], long["logprob"]) == ("skipped", "", None) and "more than the 40" in long["error"]
+            assert "2 answers in" in err and "prompts too long for the engine: 1 skipped" in err
+        else:
+            assert long["prompt_cut"] > 0 and long["tokens"] and "error" not in long
+            assert "3 answers in" in err and "prompts too long for the engine: 1 cut on the left" in err
+    code, out, err = call("prompt='" + "The cat sat on the mat and " * 20 + "'", limit, "too_long=truncate_left")
+    assert code == 0 and "1 cut on the left" in err
+
+
 def test_seed_decides_and_greedy_has_none(call):
     texts = {seed: call("prompt=a", f"seed={seed}")[1] for seed in (1, 2)}
     assert texts[1] == call("prompt=a", "seed=1")[1] != texts[2]

@@ -269,7 +269,7 @@ with Store.open(sys.argv[1], space={}) as store:
 def test_a_million_requests_in_memory(tmp_path):
     environment = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
     command = [sys.executable, "-c", GROWTH, tmp_path / "store", str(Path(__file__).parent)]
-    done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=1200)
+    done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=3600)
     assert done.returncode == 0, done.stderr
     before, after, rows = map(int, done.stdout.split())
     print(f"grew by {after - before:,} bytes from 0.1M to 1M rows")

@@ -63,7 +63,7 @@ def opened(kind, home):
         "vllm": ["engine=vllm", f"engine.python={VLLM}", "engine.arguments.max_num_seqs=16", "engine.arguments.enforce_eager=true"],
     }
     if kind == "ours_served":
-        with served(run) as url:
+        with served(run, f"engine.context_length={LENGTH}") as url:
             yield build_engine(node(["engine=openai", f"engine.base_url={url}"]), run, home / "cache")
         return
     if kind == "openai_serve":

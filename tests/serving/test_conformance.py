@@ -12,7 +12,9 @@ import torch
 from engines import ABLE, DRAWN, GREEDY, LENGTH, opened
 
 from components.contracts import CANCELLED, Constraint, Request, UserError
+from components.data.tokenizers import bytes_tokenizer
 from framework.build import load_run
+from framework.engines.fitting import figures, fitted
 from framework.engines.requests import RequestEngine, each_of
 from framework.generate import run_renderer
 
@@ -205,6 +207,37 @@ def test_a_request_that_cannot_be_answered_ends_nothing(engine):
     results = {r.request_id: r for r in streamed(engine, [bad, *(Request(str(i), ids, GREEDY) for i, ids in enumerate(prompts()))])}
     assert results["bad"].error and not results["bad"].completions
     assert all(result.error is None for name, result in results.items() if name != "bad") and len(results) == 1 + len(LENGTHS)
+
+
+@pytest.mark.parametrize("policy", ["truncate_left", "skip"])
+def test_a_prompt_that_is_too_long_is_cut_or_passed_over(engine, policy, monkeypatch):
+    """The limit is the server's own where it says one, else one of ours; what goes out has room, and says what it says without a policy."""
+    if engine.context_length is None:
+        monkeypatch.setattr(engine, "context_length", LENGTH)
+    ids, short = prompts((LENGTH + 20, 9))
+    fitting = fitted(engine, policy, bytes_tokenizer())
+    room = LENGTH - GREEDY.max_new_tokens
+    found = fitting.generate([ids, short], GREEDY)
+    plain = engine.generate([[ids[0], *ids[1 - room :]], short], GREEDY)
+    results = {r.request_id: r for r in streamed(fitting, [Request("long", ids, GREEDY), Request("short", short, GREEDY)])}
+    assert found[1].text == results["short"].completions[0].text == plain[1].text and found[1].prompt_cut == 0
+    for one in (found[0], results["long"].completions[0]):
+        if policy == "skip":
+            assert one.finish_reason == "skipped" and f"more than the {LENGTH} that" in one.stop_reason
+        else:
+            assert one.text == plain[0].text and one.prompt_cut == len(ids) - room
+    assert figures(fitting)[{"skip": "prompts_skipped", "truncate_left": "prompts_cut"}[policy]] == 2
+
+
+def test_a_text_that_the_server_finds_too_long(engine):
+    """Nobody here counts its tokens: a server that refuses it is read as our own refusal; one that takes anything is not caught."""
+    if engine.kind not in ("vllm", "ours_served", "openai_serve"):
+        pytest.skip(f"{engine.kind} takes token ids, which are counted here")
+    if engine.context_length is None:
+        pytest.skip(f"{engine.kind} says no limit and refuses nothing; engine.context_length= gives it one")
+    fitting = fitted(engine, "skip", None)
+    long, short = fitting.generate(["x" * (2 * LENGTH), "x"], GREEDY)
+    assert long.finish_reason == "skipped" and " answered 400: " in long.stop_reason and short.finish_reason in ("length", "stop")
 
 
 def test_a_cancelled_request_ends_and_no_other(engine):

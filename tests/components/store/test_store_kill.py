@@ -96,7 +96,7 @@ with Store.open(sys.argv[1], space=SPACE) as store:
 @pytest.mark.slow
 def test_a_million_rows_in_memory(tmp_path):
     environment = {**ENVIRONMENT, "PYTHONPATH": os.pathsep.join([ENVIRONMENT["PYTHONPATH"], str(HERE)])}
-    done = subprocess.run([sys.executable, "-c", GROWTH, tmp_path / "store"], env=environment, capture_output=True, text=True, timeout=900)
+    done = subprocess.run([sys.executable, "-c", GROWTH, tmp_path / "store"], env=environment, capture_output=True, text=True, timeout=3600)
     assert done.returncode == 0, done.stderr
     before, after, finished = map(int, done.stdout.split())
     print(f"grew by {after - before:,} bytes over 0.9M rows, {(after - before) / 9e5:.1f} a row; after finish {finished - before:,}")

@@ -12,8 +12,8 @@ class Server(ThreadingHTTPServer):
 
     daemon_threads = True
 
-    def __init__(self, answer):
-        super().__init__(("127.0.0.1", 0), Handler)
+    def __init__(self, answer, port=0):
+        super().__init__(("127.0.0.1", port), Handler)
         self.answer, self.seen, self.counts, self.lock = answer, [], Counter(), threading.Lock()
 
     @property

@@ -9,21 +9,25 @@ from email.utils import format_datetime
 import pytest
 from hostile import honest, serving
 
-from components.contracts import Request, SamplingParams, UserError
+from components.contracts import Completion, Request, Result, SamplingParams, Usage, UserError
 from components.data.tokenizers import bytes_tokenizer
 from framework.engines.building import identity
 from framework.engines.openai import OpenAIEngine
 from framework.engines.requests import THREAD, Breaker, EngineError, Retry, as_requests, each_of, row_seed, seconds_to_wait
+from framework.generate import record
+from framework.jobs import answer_row
+from framework.prompts import Request as FileRequest
 
 PARAMS = SamplingParams(max_new_tokens=4, seed=3)
 
 
-def engine(server, attempts=4, window=1000, pauses=1, concurrency=4):
+def engine(server, attempts=4, window=1000, pauses=1, concurrency=4, context_length=None):
     return OpenAIEngine(
         bytes_tokenizer(),
         server.url,
         None,
         "NO_SUCH_KEY",
+        context_length,
         concurrency,
         5.0,
         Retry(attempts, 0.001, 0.01),
@@ -263,12 +267,12 @@ def test_who_is_not_there():
     with serving(honest) as server:
         url = server.url
     with pytest.raises(UserError, match=f"engine.base_url: {url} does not answer"):
-        OpenAIEngine(None, url, None, "", 1, 1.0, Retry(1, 0, 0), Breaker(1, 1, 0, 0))
+        OpenAIEngine(None, url, None, "", None, 1, 1.0, Retry(1, 0, 0), Breaker(1, 1, 0, 0))
 
 
 def test_a_model_that_is_not_there():
     with serving(honest) as server, pytest.raises(UserError, match=r"engine.name: 'mm'; .* offers m; did you mean 'm'\?"):
-        OpenAIEngine(None, server.url, "mm", "", 1, 1.0, Retry(1, 0, 0), Breaker(1, 1, 0, 0))
+        OpenAIEngine(None, server.url, "mm", "", None, 1, 1.0, Retry(1, 0, 0), Breaker(1, 1, 0, 0))
 
 
 def test_too_long_a_prompt_is_not_sent():
@@ -276,7 +280,46 @@ def test_too_long_a_prompt_is_not_sent():
         client = engine(server)
         sent = len(server.seen)
         (result,) = streamed(client, [Request("0", [256] * 62, PARAMS)])
-        assert result.error == "too_long: 62 tokens and 4 new ones; the server takes 64" and len(server.seen) == sent
+        assert result.error.startswith("too_long: 62 tokens and max_new_tokens=4 are more than the 64 that") and len(server.seen) == sent
+
+
+def test_a_limit_of_ones_own_counts_where_it_is_lower():
+    """For servers that say none, or that take anything and cut it."""
+    with serving(honest) as server:
+        assert engine(server, context_length=32).context_length == 32 and engine(server, context_length=128).context_length == 64
+        with pytest.raises(UserError, match=r"engine\.context_length: 0; at least 1"):
+            engine(server, context_length=0)
+
+
+def test_no_log_probabilities_are_none_in_a_row_never_0_which_would_be_certainty():
+    (request,), said = asked(1), Completion([], "ab", [], "stop")
+    assert answer_row(request, Result(request.id, [said], Usage(), {}, "openai:x"))["logprob"] is None
+    assert record(FileRequest(0, "prompt 0", ""), 0, said, 0.0)["logprob"] is None
+
+
+LONG = [
+    (400, {"error": {"message": "This model's maximum context length is 64 tokens. However, you requested 70", "code": 400}}),
+    (400, {"error": {"message": "The decoder prompt (length 70) is longer than the maximum model length of 64."}}),
+    (400, {"error": {"message": "the request exceeds the available context size. try increasing the context size"}}),
+    (413, {"message": "prompt is too long"}),
+    (422, b"Input is too long for requested model."),
+    (400, {"error": {"message": "too_long: prompt: 61 tokens and max_new_tokens=4 are more than the 64"}}),
+]
+
+
+@pytest.mark.parametrize(("status", "content"), LONG)
+def test_a_servers_own_words_for_too_long(status, content):
+    with serving(failing(lambda i: i == 0, status, content)) as server:
+        client = engine(server)
+        results = {result.request_id: result for result in streamed(client, asked(2), concurrency=1)}
+        assert results["0"].error.startswith(f"too_long: {server.url} answered {status}: ") and client.counts["retries"] == 0
+        assert results["1"].error is None
+
+
+def test_a_refused_field_whose_prompt_speaks_of_context_length_is_not_too_long():
+    with serving(failing(lambda i: True, 422, {"detail": [{"loc": ["body", "x"], "input": {"prompt": "context length"}}]})) as server:
+        (result,) = streamed(engine(server), asked(1))
+        assert result.error.startswith("http_422")
 
 
 def test_seeds_of_rows():

@@ -107,6 +107,44 @@ def test_equal_requests_are_found_before_anything_is_asked(home, call, tmp_path)
         assert not out.exists()
 
 
+@pytest.mark.parametrize(("policy", "n"), [("skip", 1), ("truncate_left", 1), ("skip", 2), ("truncate_left", 2)])
+def test_too_long_prompts_have_rows_that_say_so(home, call, tmp_path, policy, n):
+    """50 of 60 leave no room; first refused, which costs no attempt, then cut or passed over by another word on the same output."""
+    common = ["engine.context_length=16", "max_new_tokens=10", "task.max_attempts=1", f"n={n}"]
+    if n == 1:
+        assert call(tmp_path / "out", *common)[0] == 2
+    code, err = call(tmp_path / "out", *common, f"too_long={policy}")
+    told = {"skip": "50 skipped", "truncate_left": "50 cut on the left"}[policy]
+    assert code == 0 and f"prompts too long for the engine: {told}; see prompt_cut and finish_reason in" in err, err
+    rows = pq.read_table(tmp_path / "out" / "final").to_pylist()
+    assert [row["prompt"] for row in rows] == [f"No. {i}" for i in range(60)]
+    for i, row in enumerate(rows):
+        reasons = [row["finish_reason"]] if n == 1 else json.loads(row["finish_reason"])
+        texts = [row["text"]] if n == 1 else json.loads(row["text"])
+        assert len(reasons) == len(texts) == n
+        if i < 10:
+            assert row["prompt_cut"] == 0 and "skipped" not in reasons
+        elif policy == "skip":
+            assert set(reasons) == {"skipped"} and set(texts) == {""} and (row["prompt_cut"], row["prompt_tokens"]) == (0, 0)
+        else:
+            assert "skipped" not in reasons and (row["prompt_cut"], row["prompt_tokens"]) == (1, 6 * n)
+    metrics = json.loads(Path(f"{tmp_path / 'out'}.hydra/metrics.json").read_text())
+    assert metrics["prompts_skipped" if policy == "skip" else "prompts_cut"] == 50 and metrics["errors"] == 0
+    code, err = call(tmp_path / "out", *common, f"too_long={policy}")  # done already: still said
+    assert code == 0 and told in err, err
+
+
+def test_several_calls_over_a_prompt_that_is_too_long(home, call, tmp_path):
+    file = tmp_path / "mine.jsonl"
+    file.write_text("".join(json.dumps({"prompt": "x" * length}) + "\n" for length in (3, 90, 4)))
+    more = [f"prompts={file}", "decode=self_consistency", "decode.n=2", "engine.context_length=40", "max_new_tokens=8", "too_long=skip"]
+    code, err = call(tmp_path / "out", *more)
+    assert code == 0 and "1 skipped" in err, err
+    rows = pq.read_table(tmp_path / "out" / "final").to_pylist()
+    assert [row["finish_reason"] == "skipped" for row in rows] == [False, True, False] and rows[1]["text"] == ""
+    assert json.loads(rows[1]["usage"])["prompt_tokens"] == 0 and json.loads(rows[0]["usage"])["prompt_tokens"] == 8
+
+
 @pytest.mark.parametrize(
     ("more", "line"),
     [
@@ -137,6 +175,8 @@ def test_several_calls_an_answer(home, call, tmp_path):
     assert call(tmp_path / "out", f"prompts={file}", "decode=gsa")[0] == 0 and final(tmp_path / "out") == before
     code, err = call(tmp_path / "out", f"prompts={file}", "decode=gsa", "decode.n=2")
     assert code == 2 and "decode.n: 3 -> 2" in err and err.count("error:") == 1, err
+    code, err = call(tmp_path / "out", f"prompts={file}", "decode=gsa", "decode/template=code")
+    assert code == 2 and "decode.template" in err and err.count("error:") == 1, err
     code, err = call(tmp_path / "out", f"prompts={file}", "decode=gsa", "n=2")
     assert code == 2 and "n: 2; this decoding makes one answer from several calls" in err
 

@@ -179,7 +179,7 @@ def test_a_feed_that_waits_for_answers_gets_them():
 def test_lost_cancelled_and_pieces():
     engine, pieces = Windows(lambda asked: None if asked.id == "r1" else answer(asked)), []
     engine.cancel("r2")
-    found = through(engine, each_of(request(i) for i in range(4)), on_piece=lambda *piece: pieces.append(piece))
+    found = through(engine, each_of(request(i) for i in range(4)), on_piece=lambda who, i, piece: pieces.append((who, i, piece.text)))
     assert {name: result.error for name, result in found.items()} == {"r0": None, "r1": LOST, "r2": CANCELLED, "r3": None}
     assert engine.seen == [["r0", "r1", "r3"]] and sorted(pieces) == [("r0", 0, "a"), ("r3", 0, "a")]
     assert through(engine, each_of([request(2)]))["r2"].error is None  # of the stream that has ended

@@ -36,6 +36,7 @@ APART = (
     "decode/read",
     "decode/scorer",
     "decode/template",
+    "task/prompts",
 )  # no parts
 RULES = Path(__file__).resolve().parent.parent / "tests" / "illegal_cells.yaml"
 SEED, STEPS = 1, 2

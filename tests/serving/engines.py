@@ -27,7 +27,7 @@ DRAWN = SamplingParams(max_new_tokens=24, temperature=1.0, seed=7)
 # What each can do; a change of this table is a change of an engine, or of a server's version.
 PLAIN = {"n", "seed", "logprobs", "token_ids", "score", "top_k", "min_p", "repetition_penalty", "stop_ids", "ignore_eos"}
 SERVED = PLAIN | {
-    "alternatives", "pieces", "ids", "choice", "regex", "logit_bias",
+    "alternatives", "pieces", "ids", "texts", "choice", "regex", "logit_bias",
 }  # fmt: skip
 ABLE = {"native": None, "transformers": PLAIN, "vllm": SERVED, "ours_served": SERVED - {"logit_bias"}, "openai_serve": {"pieces"}}
 

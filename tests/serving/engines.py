@@ -29,7 +29,7 @@ PLAIN = {"n", "seed", "logprobs", "token_ids", "score", "top_k", "min_p", "repet
 SERVED = PLAIN | {
     "alternatives", "pieces", "ids", "texts", "choice", "regex", "logit_bias",
 }  # fmt: skip
-ABLE = {"native": None, "transformers": PLAIN, "vllm": SERVED, "ours_served": SERVED - {"logit_bias"}, "openai_serve": {"pieces"}}
+ABLE = {"native": None, "transformers": PLAIN, "vllm": SERVED, "ours_served": SERVED - {"logit_bias"}, "openai_serve": {"pieces", "texts"}}
 
 
 def make_run(folder, *more):

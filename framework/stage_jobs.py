@@ -63,7 +63,6 @@ class Stages:
     keeping: dict[str, Any]
     failed: dict[str, int] = field(default_factory=dict)
     tokens: dict[str, tuple[int, int]] = field(default_factory=dict)
-    folders: dict[str, Path] = field(default_factory=dict)
 
     def ask(self, stage: str, calls: Calls, speaker: Speaker, params: SamplingParams) -> Iterator[tuple[Call, Said | None]]:
         """Each call with its reply, in their order; None for one that was given up. Raises UserError; Interrupted."""
@@ -83,16 +82,10 @@ class Stages:
             call = asked.pop(request.id)
             return {**answer_row(request, result), "prompt": call.prompt, "documents": list(call.documents)}
 
-        with self._open(stage, space) as store:
-            names = [call.name for call in calls()]
-            if not names:
-                return
-            before = sum(name in store for name in names)
-            if before < len(names):
-                tell(stage, before, len(names))
-                run_job(requests(store), speaker.context.engine, store, row=row, total=len(names), before=before, **self.job)
-            found = store.finish(len(names), "skip", names, others=True)
-        yield from self._read(stage, found, calls, seed)
+        def run(store: Store, total: int, before: int) -> None:
+            run_job(requests(store), speaker.context.engine, store, row=row, total=total, before=before, **self.job)
+
+        yield from self._read(stage, self._finished(stage, space, calls, run), calls, seed)
 
     def answer(
         self, stage: str, calls: Calls, speaker: Speaker, method: Method, how: dict[str, Any]
@@ -101,37 +94,45 @@ class Stages:
         params = speaker.context.params
         space = {**speaker.identity, "sampling": dataclasses.asdict(params), "decode": how, "stage": stage, "task": speaker.context.task}
 
-        def queries() -> Iterator[tuple[int, Query]]:
+        def queries(store: Store) -> Iterator[tuple[int, Query]]:
             for index, call in enumerate(calls()):
-                yield index, Query(call.name, call.prompt)
+                if call.name not in store:
+                    yield index, Query(call.name, call.prompt)
 
         def row(query: Query, record: dict[str, Any]) -> dict[str, Any]:
             return {"prompt": query.said, **{key: value for key, value in record.items() if key not in ("id", "said", "error")}}
 
-        with self._open(stage, space) as store, Store.open(store.folder / CALLS, space=space, **self.keeping) as kept:
-            names = [call.name for call in calls()]
-            if not names:
-                return
+        def run(store: Store, total: int, before: int) -> None:
+            with self._opened(store.folder / CALLS, space) as kept:
+                run_round_job(
+                    queries(store), method, speaker.context.engine, store, kept, render=speaker.render, setting=speaker.setting,
+                    cost=speaker.cost, row=row, total=total, **self.job,
+                )  # fmt: skip
+
+        yield from self._read(stage, self._finished(stage, space, calls, run), calls, None)
+
+    def _finished(self, stage: str, space: dict[str, Any], calls: Calls, run: Callable[[Store, int, int], None]) -> Path | None:
+        """The final files of a stage, None of one without calls. run: asks what a store lacks of so many calls, of which some are done."""
+        names = [call.name for call in calls()]
+        if not names:
+            return None
+        with self._opened(self.folder / f"{stage}-{request_id(**space)[:8]}", space) as store:
             before = sum(name in store for name in names)
             if before < len(names):
-                tell(stage, before, len(names))
-                wanted = ((index, query) for index, query in queries() if str(query.id) not in store)
-                run_round_job(
-                    wanted, method, speaker.context.engine, store, kept, render=speaker.render, setting=speaker.setting, cost=speaker.cost,
-                    row=row, total=len(names), **self.job,
-                )  # fmt: skip
-            found = store.finish(len(names), "skip", names, others=True)
-        yield from self._read(stage, found, calls, None)
+                say(f"{stage}: {len(names):,} calls" + (f"; {before:,} of them are there already" if before else ""))
+                run(store, len(names), before)
+            return store.finish(len(names), "skip", names, others=True)
 
-    def _open(self, stage: str, space: dict[str, Any]) -> Store:
-        folder = self.folders[stage] = self.folder / f"{stage}-{request_id(**space)[:8]}"
+    def _opened(self, folder: Path, space: dict[str, Any]) -> Store:
         store = Store.open(folder, space=space, **self.keeping)
         for line in store.mended:
             say(f"{folder}: {line}")
         return store
 
-    def _read(self, stage: str, final: Path, calls: Calls, seed: Callable[[Call], int] | None) -> Iterator[tuple[Call, Any]]:
+    def _read(self, stage: str, final: Path | None, calls: Calls, seed: Callable[[Call], int] | None) -> Iterator[tuple[Call, Any]]:
         """Calls with their rows: as `Said` where a seed is given, else as they are."""
+        if final is None:
+            return
         rows = rows_of(final)
         row = next(rows, None)
         read = written = failed = 0
@@ -160,8 +161,3 @@ def rows_of(final: Path) -> Iterator[dict[str, Any]]:
             for group in file.iter_batches():
                 for row in group.to_pylist():
                     yield {**row, **{name: json.loads(row[name]) for name in coded if row[name] is not None}}
-
-
-def tell(stage: str, before: int, total: int) -> None:
-    kept = f"; {before:,} of them are there already" if before else ""
-    say(f"{stage}: {total:,} calls{kept}")

@@ -281,11 +281,7 @@ class Synthesis:
         how, task = self.task.answering, self.task
         speaker = self.speaker if how.ckpt is None else Speaker(self.context.another(how.ckpt))
         prompt_id, models = task.prompts.address("answer"), {"question": self.speaker.name, "answer": speaker.name}
-        try:
-            answers = list(self.answers(drafts, speaker))
-        finally:
-            if speaker is not self.speaker:
-                speaker.context.engine.close()
+        answers = list(self.answers(drafts, speaker))
         rows, kept = [], list[Draft]()
         for draft, answer in zip(drafts, answers, strict=True):
             why = self.unusable(answer)

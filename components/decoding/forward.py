@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, nullcontext
-from functools import partial
 from typing import Any, cast
 
 import torch
@@ -25,8 +24,9 @@ class Forward:
     Args:
         dtype: float32, or bfloat16 autocast.
         packed: pack the plain linear layers, and the head where it is the embedding; where all of an MLP or of an attention is plain, it
-            becomes one call, with the norm before it. What a module's `constants` name, methods that depend on weights alone, is computed
-            once. For float32 on a CPU, else without effect.
+            becomes one call, with the norm before it, and so does a block of a class that has a `packed_branch`, which is given what finds
+            the packed weight of a layer (None: it has none) and returns the block's `branch`, or None. For float32 on a CPU, else without
+            effect.
     """
 
     def __init__(self, model: Model, dtype: torch.dtype = torch.float32, packed: bool = False) -> None:
@@ -77,8 +77,6 @@ class Forward:
             return [weights[layer] for layer in layers] if all(layer in weights for layer in layers) else []
 
         for part in modules:
-            for name in getattr(part, "constants", ()):
-                self._packed.append((part, name, partial(_same, getattr(part, name)())))
             if found := own(MLP, part, "gate_up_proj", "down_proj"):
                 self._packed.append((part, "forward", _mlp(*found)))
             if not isinstance(part, Block):
@@ -89,17 +87,21 @@ class Forward:
             found = own(Attention, part.mixer, "qkv_proj", "o_proj")
             if found and isinstance(part, AttentionBlock) and _plain(AttentionBlock, part) and _plain(RMSNorm, part.mixer_norm):
                 self._packed.append((part, "branch", _attention(part, *found)))
+            own_way = vars(type(part)).get("packed_branch")  # not a base class's, whose mixing may be another
+            plain = _untouched(part) and _untouched(part.mixer) and _plain(RMSNorm, part.mixer_norm)
+            if own_way and plain and (branch := own_way(part, weights.get)):
+                self._packed.append((part, "branch", branch))
         if getattr(self.model, "lm_head", self) is None:  # tied: no module, but a product with the embedding
             self._head = _linear(pack(self.model.head_weight))
 
 
-def _same(value: Tensor) -> Tensor:
-    return value
-
-
 def _plain(kind: type[nn.Module], module: Any) -> bool:
     """Whether a module is of this very kind; one that somebody wraps or listens to is left alone."""
-    return type(module) is kind and "forward" not in module.__dict__ and not module._forward_hooks and not module._forward_pre_hooks
+    return type(module) is kind and _untouched(module)
+
+
+def _untouched(module: nn.Module) -> bool:
+    return "forward" not in module.__dict__ and not module._forward_hooks and not module._forward_pre_hooks
 
 
 def _linear(weight: Any) -> Callable[[Tensor], Tensor]:

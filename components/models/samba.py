@@ -8,6 +8,8 @@ sublayers, or one. Which mixers and MLPs there are is two patterns, so that the 
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -16,6 +18,7 @@ from components.blocks import MLP, Attention, AttentionBlock, Block, Context, De
 from components.contracts import RopeRule, UserError
 from components.layer_state import LayerState, RecurrentState, may_overwrite
 from kernels.causal_conv1d import causal_conv1d
+from kernels.packed import mamba, pack_mamba
 from kernels.selective_scan import selective_scan, selective_state_update
 
 _MIXERS = ("mamba", "attention", "full_attention", "mlp")
@@ -35,8 +38,6 @@ class MambaMixer(nn.Module):
     >>> MambaMixer(hidden_size=8, state_size=4, conv_kernel=4, expand=2, dt_rank=None)(torch.zeros(1, 3, 8)).shape
     torch.Size([1, 3, 8])
     """
-
-    constants = ("decay",)
 
     def __init__(self, hidden_size: int, state_size: int, conv_kernel: int, expand: int, dt_rank: int | None) -> None:
         super().__init__()
@@ -103,6 +104,22 @@ class MambaBlock(Block):
 
     def mix(self, x: Tensor, context: Context, state: LayerState | None) -> Tensor:
         return self.mixer(x, context.document_start, state)
+
+    def packed_branch(self, packed: Callable[[nn.Module], Any]) -> Callable[..., Tensor] | None:
+        """`branch` as one call of kernels.packed; None where a projection has no packed weight. See components/decoding/forward.py."""
+        m = self.mixer
+        projections = [packed(layer) for layer in (m.in_proj, m.x_proj, m.dt_proj, m.out_proj)]
+        if any(weight is None for weight in projections):
+            return None
+        norm, (into, low, dt, out) = (self.mixer_norm.weight.detach(), self.mixer_norm.eps), projections
+        mixer = pack_mamba(into, m.conv_weight, m.conv_bias, low, dt, m.dt_bias, m.decay(), m.D, out)
+
+        def branch(x: Tensor, context: Context, state: LayerState | None) -> Tensor:
+            if not isinstance(state, RecurrentState) or context.document_start is not None or not may_overwrite(state.ssm):
+                return MambaBlock.branch(self, x, context, state)
+            return mamba(x, norm, mixer, state.conv, state.ssm)
+
+        return branch
 
     def new_state(self, batch_size: int, max_length: int, dtype: torch.dtype, device: torch.device) -> RecurrentState:
         channels, taps = self.mixer.conv_weight.shape

@@ -66,3 +66,16 @@ INLINE void transpose(vf v[LANES]) {
     SWAP(8, eight) SWAP(4, four) SWAP(2, two) SWAP(1, one)
 #undef SWAP
 }
+
+/* `count` floats, the other lanes 0. */
+INLINE vf load_part(const float *p, int count) {
+    if (count == LANES) return *(const vf_any *)p;
+    vf v = {0};
+    for (int i = 0; i < count; i++) v[i] = p[i];
+    return v;
+}
+
+INLINE void store_part(float *p, vf v, int count) {
+    if (count == LANES) *(vf_any *)p = v;
+    else for (int i = 0; i < count; i++) p[i] = v[i];
+}

@@ -13,7 +13,7 @@ from torch import Tensor
 from kernels.checks import expect_dims, expect_shape
 from kernels.dispatch import pick
 
-__all__ = ["attention", "linear", "mlp", "mlp_block", "pack"]
+__all__ = ["attention", "linear", "mamba", "mlp", "mlp_block", "pack", "pack_mamba"]
 
 
 def pack(weight: Tensor, bias: Tensor | None = None) -> Any:
@@ -77,3 +77,39 @@ def attention(
     if window is not None and not fresh and x.shape[1] > 1:
         raise ValueError(f"attention: {x.shape[1]} tokens a row that has begun, with a window of {window}; expected one")
     return pick("packed", x.device).attention(x, norm, qkv, o, rope, keys, values, positions, heads, window, fresh)
+
+
+def pack_mamba(
+    in_proj: Any, conv_weight: Tensor, conv_bias: Tensor, x_proj: Any, dt_proj: Any, dt_bias: Tensor, A: Tensor, D: Tensor, out_proj: Any
+) -> Any:
+    """The weights of a Mamba-1 mixer (arXiv 2312.00752, Alg. 2) with C channels, N states and W taps, for `mamba`; copies but the packed.
+
+    Args:
+        in_proj: packed (2C, E), inputs first, then gates. x_proj: packed (R + 2N, C): dt, B, C. dt_proj: packed (C, R).
+            out_proj: packed (E, C).
+        conv_weight, conv_bias: (C, W), (C,). dt_bias, D: (C,). A: (C, N), negative.
+
+    Raises: ValueError for shapes that do not fit.
+    """
+    expect_dims("pack_mamba", "A", A, 2, "(C, N)")
+    expect_dims("pack_mamba", "conv_weight", conv_weight, 2, "(C, W)")
+    for name, tensor in (("conv_bias", conv_bias), ("dt_bias", dt_bias), ("D", D), ("conv_weight", conv_weight[:, 0])):
+        expect_shape("pack_mamba", name, tensor, A.shape[0], letters="(C,)")
+    return pick("packed", A.device).pack_mamba(in_proj, conv_weight, conv_bias, x_proj, dt_proj, dt_bias, A, D, out_proj)
+
+
+def mamba(x: Tensor, norm: tuple[Tensor, float] | None, mixer: Any, taps: Tensor, state: Tensor) -> Tensor:
+    """A Mamba-1 mixer over new tokens x (B, L, E), from projection to projection, going on from what the rows have read.
+
+    Args:
+        norm: weight (E,) and eps of `kernels.rms_norm`, which comes first; None: none does.
+        mixer: of `pack_mamba`.
+        taps: (B, W-1, C), the last inputs of the convolution; state: (B, C, N). Both are changed in place.
+
+    Returns: (B, L, E). Raises: ValueError for shapes that do not fit.
+    """
+    expect_dims("mamba", "x", x, 3, "(B, L, E)")
+    expect_dims("mamba", "state", state, 3, "(B, C, N)")
+    expect_dims("mamba", "taps", taps, 3, "(B, W-1, C)")
+    expect_shape("mamba", "state", state[:, :, 0], x.shape[0], taps.shape[2], letters="(B, C)")
+    return pick("packed", x.device).mamba(x, norm, mixer, taps, state)

@@ -11,7 +11,7 @@ from __future__ import annotations
 import ctypes
 import math
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -20,6 +20,7 @@ from torch import Tensor
 from kernels.compile_c import load_library
 from kernels.packed import eager
 from kernels.rms_norm import add_rms_norm, rms_norm
+from kernels.selective_scan.cpu import MAX_STATES
 from kernels.swiglu import swiglu
 
 Norm = tuple[Tensor, float]
@@ -70,13 +71,26 @@ class _Attention(ctypes.Structure):
     ]
 
 
+class _Mamba(ctypes.Structure):
+    """`Mamba` of packed.c."""
+
+    _fields_ = [
+        *((name, _Weight) for name in ("in_proj", "x_proj", "dt_proj", "out_proj")),
+        *_pointers("conv_weight", "conv_bias", "A2", "D", "bias", "norm", "x", "history", "state", "work", "result"),
+        *_numbers("x_row", "batch", "length", "taps", "states"),
+        *(("eps", ctypes.c_float), ("threads", ctypes.c_int32)),
+    ]
+
+
 _library = load_library(Path(__file__).with_name("packed.c"))
 for _function, _problem in (
     (_library.packed_linear, _Linear),
     (_library.packed_mlp, _Mlp),
     (_library.packed_attention, _Attention),
+    (_library.packed_mamba, _Mamba),
 ):
     _function.argtypes = [ctypes.POINTER(_problem)]
+_MAX_TAPS: int = _library.packed_max_taps()
 _PANEL: int = _library.packed_panel()  # outputs that lie together
 _SUITS = bool(_library.packed_suits())
 
@@ -178,4 +192,42 @@ def attention(
     )  # fmt: skip
     if _library.packed_attention(problem):
         raise MemoryError(f"packed attention: no memory for the scores of {slots} slots")
+    return out
+
+
+class Mamba(NamedTuple):
+    """The weights as they are, contiguous float32, and A log2(e) (N, C)."""
+
+    weights: eager.Mamba
+    A2: Tensor
+
+
+def pack_mamba(
+    in_proj: Any, conv_weight: Tensor, conv_bias: Tensor, x_proj: Any, dt_proj: Any, dt_bias: Tensor, A: Tensor, D: Tensor, out_proj: Any
+) -> Mamba | eager.Mamba:
+    """See `kernels.packed.pack_mamba`."""
+    weights = eager.pack_mamba(in_proj, conv_weight, conv_bias, x_proj, dt_proj, dt_bias, A, D, out_proj)
+    plain = all(part.dtype == torch.float32 if isinstance(part, Tensor) else isinstance(part, Packed) for part in weights)
+    if not plain or conv_weight.shape[1] > _MAX_TAPS or A.shape[1] > MAX_STATES:
+        return weights
+    return Mamba(weights, (weights.A * _LOG2E).t().contiguous())
+
+
+def mamba(x: Tensor, norm: Norm | None, mixer: Mamba | eager.Mamba, taps: Tensor, state: Tensor) -> Tensor:
+    """See `kernels.packed.mamba`. The C path takes float32 states that are contiguous."""
+    if isinstance(mixer, eager.Mamba):
+        return eager.mamba(x, norm, mixer, taps, state, linear)
+    w = mixer.weights
+    if any(part.dtype != torch.float32 or not part.is_contiguous() for part in (taps, state)):
+        return eager.mamba(x, norm, w, taps, state, linear)
+    (batch, length, _), flat = x.shape, _rows(x, w.in_proj.inputs)
+    out, work = torch.empty(x.shape), torch.empty(batch * length, 2 * w.in_proj.outputs + w.x_proj.outputs + w.in_proj.inputs)
+    weight = None if norm is None else norm[0].float().contiguous()
+    problem = _Mamba(
+        w.in_proj.raw, w.x_proj.raw, w.dt_proj.raw, w.out_proj.raw, w.conv_weight.data_ptr(), w.conv_bias.data_ptr(), mixer.A2.data_ptr(),
+        w.D.data_ptr(), w.dt_bias.data_ptr(), None if weight is None else weight.data_ptr(), flat.data_ptr(), taps.data_ptr(),
+        state.data_ptr(), work.data_ptr(), out.data_ptr(), flat.stride(0), batch, length, taps.shape[1] + 1, state.shape[2],
+        0.0 if norm is None else norm[1], torch.get_num_threads(),
+    )  # fmt: skip
+    _library.packed_mamba(problem)
     return out

@@ -6,14 +6,17 @@ Rows of such products have the same bits however many rows there are in most sha
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any, NamedTuple, cast
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from kernels.causal_conv1d import causal_conv1d
 from kernels.rms_norm import add_rms_norm, rms_norm
 from kernels.rope import apply_rope
+from kernels.selective_scan import selective_state_update
 from kernels.sliding_window import attention as whole_attention
 from kernels.sliding_window import cached_attention
 from kernels.swiglu import swiglu
@@ -92,3 +95,40 @@ def attention(
     """See `kernels.packed.attention`."""
     x = x if norm is None else rms_norm(x, *norm)
     return linear(mix(linear(x, qkv), rope, keys, values, positions, heads, window, fresh), o)
+
+
+class Mamba(NamedTuple):
+    """Packed projections, and the tensors of `kernels.packed.pack_mamba`."""
+
+    in_proj: Any
+    conv_weight: Tensor
+    conv_bias: Tensor
+    x_proj: Any
+    dt_proj: Any
+    dt_bias: Tensor
+    A: Tensor
+    D: Tensor
+    out_proj: Any
+
+
+def pack_mamba(
+    in_proj: Any, conv_weight: Tensor, conv_bias: Tensor, x_proj: Any, dt_proj: Any, dt_bias: Tensor, A: Tensor, D: Tensor, out_proj: Any
+) -> Mamba:
+    """See `kernels.packed.pack_mamba`."""
+    own = (conv_weight, conv_bias, dt_bias, A, D)
+    weight, shift, bias, decay, skip = (tensor.detach().clone(memory_format=torch.contiguous_format) for tensor in own)
+    return Mamba(in_proj, weight, shift, x_proj, dt_proj, bias, decay, skip, out_proj)
+
+
+def mamba(
+    x: Tensor, norm: tuple[Tensor, float] | None, mixer: Mamba, taps: Tensor, state: Tensor, linear: Callable[..., Tensor] = linear
+) -> Tensor:
+    """See `kernels.packed.mamba`. linear: of the packed projections."""
+    states = mixer.A.shape[1]
+    u, z = linear(x if norm is None else rms_norm(x, *norm), mixer.in_proj).chunk(2, dim=-1)
+    u, last = causal_conv1d(u, mixer.conv_weight, mixer.conv_bias, activation="silu", initial_state=taps)
+    low = linear(u, mixer.x_proj)
+    dt, b, c = low.split([low.shape[-1] - 2 * states, states, states], dim=-1)
+    taps.copy_(last)
+    y = selective_state_update(state, u, linear(dt, mixer.dt_proj), mixer.A, b, c, mixer.D, z, mixer.dt_bias, dt_softplus=True)
+    return linear(y, mixer.out_proj)

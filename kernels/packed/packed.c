@@ -4,9 +4,11 @@
  */
 #include <stdlib.h>
 #include "attend.h"
+#include "convolve.h"
 #include "norm.h"
 #include "product.h"
 #include "rotate.h"
+#include "scan.h"
 
 #define QUERIES 16 /* of a work item of attention */
 
@@ -42,7 +44,20 @@ typedef struct {
     int32_t fresh, threads; /* fresh: no row has read anything yet */
 } Attention;
 
+typedef struct {
+    Packed in, low, dt, out;  /* (2C, E), inputs then gates; (R + 2N, C); (C, R); (E, C) */
+    const float *conv_weight, *conv_bias, *A2, *D, *bias; /* (C, W), (C,); A log2(e) (N, C); (C,), (C,) */
+    const float *norm, *x;    /* (E,), its weight before them, null: no norm; (B L, E), rows x_row apart */
+    float *history, *state;   /* (B, W-1, C), (B, C, N): updated */
+    float *work, *result;     /* (B L, 4C + R + 2N + E), any content; (B L, E) contiguous */
+    int64_t x_row, batch, length, taps, states;
+    float eps;
+    int32_t threads;
+} Mamba;
+
 int packed_panel(void) { return PANEL; }
+
+int packed_max_taps(void) { return MAX_TAPS; }
 
 /* Whether a tile's sums are registers; where they are not, oneDNN is faster. */
 int packed_suits(void) { return WIDE; }
@@ -148,4 +163,30 @@ int packed_attention(const Attention *p) {
     }
     if (!failed) product(&p->o, mixed, p->heads * p->size, tokens, p->out, p->o.outputs, 0, p->threads);
     return failed;
+}
+
+void packed_mamba(const Mamba *p) {
+    const int64_t tokens = p->batch * p->length, channels = p->out.inputs, width = p->in.inputs, rank = p->dt.inputs, low_row = p->low.outputs;
+    float *wide = p->work, *u = wide + tokens * 2 * channels, *dt = u + tokens * channels;
+    float *low = dt + tokens * channels, *normed = p->norm ? low + tokens * low_row : 0;
+    if (normed) norm_rows(p->norm, p->eps, p->x, p->x_row, 0, 0, 0, normed, tokens, width, p->threads);
+    product(&p->in, normed ? normed : p->x, normed ? width : p->x_row, tokens, wide, 2 * channels, 0, p->threads);
+    const Conv conv = {
+        .x = wide, .weight = p->conv_weight, .bias = p->conv_bias, .history = p->history, .out = u, .state = p->history,
+        .batch = p->batch, .length = p->length, .dim = channels, .taps = p->taps, .x_row = p->length * 2 * channels, .x_step = 2 * channels,
+        .silu = 1, .threads = p->threads,
+    };
+    convolve_all(&conv);
+    product(&p->low, u, channels, tokens, low, low_row, 0, p->threads);
+    product(&p->dt, low, low_row, tokens, dt, channels, 0, p->threads);
+    const Scan scan = {
+        .u = u, .dt = dt, .z = wide + channels, .u_row = p->length * channels, .u_step = channels, .dt_row = p->length * channels,
+        .dt_step = channels, .z_row = p->length * 2 * channels, .z_step = 2 * channels, .A2 = p->A2, .Bm = low + rank,
+        .Cm = low + rank + p->states, .D = p->D, .bias = p->bias, .h0 = p->state, .y = u, .final = p->state, /* each is read first */
+        .batch = p->batch, .length = p->length, .dim = channels, .states = p->states, .bc_step = low_row, .softplus = 1,
+    };
+    const int64_t groups = (channels + GROUP_TILES * LANES - 1) / (GROUP_TILES * LANES), items = p->batch * groups;
+#pragma omp parallel for num_threads(p->threads) schedule(static) if (tokens * channels > 1 << 12)
+    for (int64_t item = 0; item < items; item++) forward_item(&scan, item / groups, item % groups, 0);
+    product(&p->out, u, channels, tokens, p->result, p->out.outputs, 0, p->threads);
 }

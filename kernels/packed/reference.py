@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from kernels.rms_norm.reference import rms_norm
@@ -62,3 +63,26 @@ def attention(
         held = (newest - (newest - slot) % slots).clamp_min(-1)  # (B, S): the position that a slot holds, -1 where it is empty
         mixed.append(cached_attention(q[:, :, t : t + 1], keys, values, held, newest, window))
     return linear(torch.cat(mixed, dim=2).transpose(1, 2).reshape(batch, length, -1), o)
+
+
+def pack_mamba(*weights: Packed | Tensor) -> tuple[Packed | Tensor, ...]:
+    """See `kernels.packed.pack_mamba`."""
+    return weights
+
+
+def mamba(x: Tensor, norm: tuple[Tensor, float] | None, mixer: Any, taps: Tensor, state: Tensor) -> Tensor:
+    """See `kernels.packed.mamba`."""
+    in_proj, conv_weight, conv_bias, x_proj, dt_proj, dt_bias, A, D, out_proj = mixer
+    x = x if norm is None else rms_norm(x, *norm)
+    out = []
+    for t in range(x.shape[1]):
+        new, z = linear(x[:, t], in_proj).chunk(2, dim=-1)  # (B, C)
+        inputs = torch.cat([taps, new[:, None]], dim=1)  # (B, W, C)
+        taps.copy_(inputs[:, 1:])
+        u = F.silu((inputs * conv_weight.T).sum(dim=1) + conv_bias)
+        low, b, c = linear(u, x_proj).tensor_split([-2 * A.shape[1], -A.shape[1]], dim=-1)
+        dt = F.softplus(linear(low, dt_proj) + dt_bias)
+        state.copy_(torch.exp(dt[..., None] * A) * state + (dt * u)[..., None] * b[:, None])
+        y = (state * c[:, None]).sum(dim=-1) + D * u
+        out.append(linear(y * F.silu(z), out_proj))
+    return torch.stack(out, dim=1)

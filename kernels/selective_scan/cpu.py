@@ -17,7 +17,7 @@ from torch.autograd.function import once_differentiable
 from kernels.compile_c import load_library
 from kernels.selective_scan import eager
 
-_MAX_STATES = 256  # bounds the kernel's work space; more run in eager
+MAX_STATES = 256  # bounds the kernel's work space; more run in eager
 
 
 class _Scan(ctypes.Structure):
@@ -28,7 +28,7 @@ class _Scan(ctypes.Structure):
         *((f"{name}_{axis}", ctypes.c_int64) for name in ("u", "dt", "z") for axis in ("row", "step")),
         *((name, ctypes.c_void_p) for name in ("A2", "B", "C", "D", "bias", "h0", "start", "y", "final", "saved")),
         *((name, ctypes.c_void_p) for name in ("dy", "dfinal", "du", "ddt", "dz", "dB", "dC", "dA", "dD", "dbias", "dh0")),
-        *((name, ctypes.c_int64) for name in ("batch", "length", "dim", "states")),
+        *((name, ctypes.c_int64) for name in ("batch", "length", "dim", "states", "bc_step")),
         *((name, ctypes.c_int32) for name in ("bf16", "softplus", "threads")),
     ]
 
@@ -79,7 +79,7 @@ class _Problem:
             "bias": _float(bias), "start": None if start is None else start.contiguous(),
         }  # fmt: skip
         self.raw = _Scan(
-            batch=self.batch, length=self.length, dim=self.dim, states=self.states, bf16=bf16, softplus=softplus,
+            batch=self.batch, length=self.length, dim=self.dim, states=self.states, bc_step=self.states, bf16=bf16, softplus=softplus,
             threads=torch.get_num_threads(),
         )  # fmt: skip
         _fill(self.raw, **self.tensors)
@@ -156,7 +156,7 @@ def selective_scan(
     document_start: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
     """See `kernels.selective_scan.selective_scan`."""
-    if u.dtype == torch.float64 or A.shape[1] > _MAX_STATES:
+    if u.dtype == torch.float64 or A.shape[1] > MAX_STATES:
         return eager.selective_scan(u, dt, A, B, C, D, z, dt_bias, dt_softplus, initial_state, document_start)
     if torch.is_grad_enabled():
         return _CompiledScan.apply(u, dt, A, B, C, D, z, dt_bias, initial_state, dt_softplus, document_start)
@@ -169,6 +169,6 @@ def selective_state_update(
     dt_bias: Tensor | None = None, dt_softplus: bool = False,
 ) -> Tensor:  # fmt: skip
     """See `kernels.selective_scan.selective_state_update`."""
-    if u.dtype == torch.float64 or A.shape[1] > _MAX_STATES or state.dtype != torch.float32 or not state.is_contiguous():
+    if u.dtype == torch.float64 or A.shape[1] > MAX_STATES or state.dtype != torch.float32 or not state.is_contiguous():
         return eager.selective_state_update(state, u, dt, A, B, C, D, z, dt_bias, dt_softplus)
     return _forward(_Problem(u, dt, A, B, C, D, z, dt_bias, dt_softplus, None), state, keep=False, final=state)[0].to(u.dtype)

@@ -130,6 +130,73 @@ def test_a_row_attends_with_the_same_bits_in_any_company_and_reads_nothing_that_
     assert torch.equal(layer.call(x[2:4], None, rows=slice(2, 4)), whole[2:4])
 
 
+class Mixer:
+    """A Mamba mixer and its states: of a backend, and of the reference in float64."""
+
+    PROJECTIONS = (0, 3, 4, 8)
+
+    def __init__(self, backend, width, channels, states, taps, rank, rows=3):
+        self.backend, self.width = backend, width
+        into, out = torch.randn(2 * channels, width) / width**0.5, torch.randn(width, channels) / channels**0.5
+        low, dt = torch.randn(rank + 2 * states, channels) / channels**0.5, torch.randn(channels, rank)
+        conv, decay = torch.randn(channels, taps), -4 * torch.rand(channels, states)
+        shift, bias, skip = torch.randn(channels), torch.randn(channels) - 2, torch.randn(channels)
+        weights = into, conv, shift, low, dt, bias, decay, skip, out
+        self.weights = backend.pack_mamba(*(backend.pack(w) if i in self.PROJECTIONS else w for i, w in enumerate(weights)))
+        self.exact = reference.pack_mamba(*(reference.pack(w) if i in self.PROJECTIONS else w for i, w in enumerate(doubled(weights))))
+        self.norm = torch.rand(width) + 0.5, 1e-5
+        self.states = [torch.randn(rows, taps - 1, channels), torch.randn(rows, channels, states)]
+        self.exact_states = list(doubled(tuple(self.states)))
+
+    def check(self, x, norm=True):
+        own = self.norm if norm else None
+        expected = reference.mamba(x.double(), doubled(own), self.exact, *self.exact_states)
+        # an exponential of sums: 4 times what a product may be off; measured: below 1.8e-6
+        assert_close(self.backend.mamba(x, own, self.weights, *self.states), expected, 4 * TOLERANCE, f"{x.shape[1]} tokens")
+        for name, mine, theirs in zip(("taps", "state"), self.states, self.exact_states, strict=True):
+            assert_close(mine, theirs, 4 * TOLERANCE, name)
+
+
+# whole vectors and squares of 16, and neither; two taps; more states than a square; 17 taps are left to eager
+@BACKENDS
+@pytest.mark.parametrize("shape", [(64, 128, 16, 4, 8), (40, 72, 6, 4, 3), (24, 48, 17, 2, 2), (16, 32, 4, 17, 1)], ids=str)
+@torch.no_grad()
+def test_mamba(backend, shape, monkeypatch):
+    """A prompt longer than a chunk of 16, steps, a second piece; without a norm; of rows that lie apart."""
+    monkeypatch.setattr(torch, "get_num_threads", lambda: 3)
+    mixer = Mixer(backend, *shape)
+    for tokens in (35, 1, 1, 5):
+        mixer.check(torch.randn(3, tokens, mixer.width))
+    mixer.check(torch.randn(3, 4, 2 * mixer.width)[..., : mixer.width], norm=False)
+
+
+@torch.no_grad()
+def test_mamba_of_other_states_and_weights_is_left_to_eager():
+    mixer = Mixer(cpu, 40, 72, 6, 4, 3)
+    x, before = torch.randn(3, 1, 40), [part.clone() for part in mixer.states]
+    expected = cpu.mamba(x, mixer.norm, mixer.weights, *mixer.states)
+    wider = [torch.cat([part, part], dim=-1)[..., : part.shape[-1]] for part in before]  # not contiguous
+    assert_close(cpu.mamba(x, mixer.norm, mixer.weights, *wider), expected.double(), 4 * TOLERANCE, "states that lie apart")
+    assert_close(wider[1], mixer.states[1].double(), 4 * TOLERANCE, "state")
+
+
+@COMPILED
+@torch.no_grad()
+def test_a_row_of_a_mixer_has_the_same_bits_in_any_company_and_pieces_are_the_whole():
+    mixer = Mixer(cpu, 64, 128, 16, 4, 8, rows=7)
+    before, x = [part.clone() for part in mixer.states], torch.randn(7, 40, 64)
+
+    def run(rows, *pieces):
+        states = [part[rows].clone() for part in before]
+        said = [cpu.mamba(x[rows, begin:end], mixer.norm, mixer.weights, *states) for begin, end in pieces]
+        return [torch.cat(said, dim=1), *states]
+
+    whole = run(slice(None), (0, 40))
+    for rows, pieces in ((slice(2, 4), [(0, 40)]), (slice(6, 7), [(0, 17), (17, 18), (18, 40)])):
+        for found, expected in zip(run(rows, *pieces), whole, strict=True):
+            assert torch.equal(found, expected[rows])
+
+
 @torch.no_grad()
 def test_the_public_functions_dispatch():
     weight, x = torch.randn(5, 3), torch.randn(2, 3)
@@ -158,3 +225,9 @@ def test_what_does_not_fit_is_refused():
     cache, positions = torch.zeros(1, 1, 8, 16), torch.zeros(1, 2, dtype=torch.int64)
     with pytest.raises(ValueError, match="attention: 2 tokens a row that has begun, with a window of 8; expected one"):
         packed.attention(torch.zeros(1, 2, 4), None, weight, weight, None, cache, cache, positions, 1, window=8)
+    with pytest.raises(ValueError, match=r"pack_mamba: D has shape"):
+        packed.pack_mamba(
+            weight, torch.zeros(5, 4), torch.zeros(5), weight, weight, torch.zeros(5), torch.zeros(5, 2), torch.zeros(4), weight
+        )
+    with pytest.raises(ValueError, match=r"mamba: state has shape"):
+        packed.mamba(torch.zeros(1, 2, 4), None, None, torch.zeros(1, 3, 5), torch.zeros(2, 5, 2))

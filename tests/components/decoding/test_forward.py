@@ -6,7 +6,6 @@ import pytest
 import torch
 from torch import nn
 
-from components.blocks import AttentionBlock
 from components.contracts import Batch
 from components.decoding.forward import Forward
 from framework.build import build, build_model, compose
@@ -21,7 +20,7 @@ def model(request):
 
 
 def untouched(model):
-    return not any({"forward", "feed", "branch", "decay"} & set(part.__dict__) for part in model.modules())
+    return not any({"forward", "feed", "branch"} & set(part.__dict__) for part in model.modules())
 
 
 def logits(called, ids=IDS):
@@ -34,7 +33,7 @@ def test_packed_weights_give_the_same_numbers_and_leave_nothing(model):
     linears = [part for part in model.modules() if type(part) is nn.Linear]
     assert sum(type(part) is nn.Linear for part, *_ in packed._packed) == len(linears) and packed._head is not model.logits
     fused = [method for _, method, _ in packed._packed if method != "forward"]
-    assert fused.count("feed") == len(model.blocks) and fused.count("branch") == sum(isinstance(b, AttentionBlock) for b in model.blocks)
+    assert fused.count("feed") == fused.count("branch") == len(model.blocks)
     for _ in range(2):
         torch.testing.assert_close(logits(packed), plain, rtol=1e-5, atol=1e-5 * float(plain.abs().max()))
     assert untouched(model)

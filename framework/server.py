@@ -9,87 +9,33 @@ import time
 from collections.abc import AsyncGenerator, AsyncIterator, Sequence
 from contextlib import aclosing, asynccontextmanager
 from dataclasses import replace
-from typing import Any
+from typing import Any, cast
 
 from fastapi import Depends, FastAPI, HTTPException
 from fastapi import Request as Call
 from fastapi.exceptions import RequestValidationError
 from fastapi.responses import JSONResponse, Response, StreamingResponse
 
-from components.contracts import Completion, Diagnostics, Engine, Piece, Prompt, Request, Result, SamplingParams, UserError
+from components.contracts import Completion, Engine, Piece, Prompt, Result, SamplingParams, UserError
 from components.decoding.constraints import constraint
 from components.decoding.params import check_params
+from components.decoding.rounds import Method
 from framework.build import Run
+from framework.decoding import Render
 from framework.generate import run_renderer
 from framework.server_forms import Asked, ChatForm, CompletionForm
+from framework.server_hub import Answers, Ask, Hub, merged, whole
+from framework.server_rounds import InRounds
 
 HUNG_UP = 499  # what servers note where nobody is left to hear it
 MOST_TOKENS = 1 << 20  # of an answer, where the engine knows no end
-Said = tuple[int, Piece] | Result  # index of the completion and its next piece, or the end of all
-Ask = tuple[Prompt, SamplingParams]
 
 
-class Hub:
-    """One engine, many callers: requests wait in a queue, and what comes back finds who asked."""
+def make_app(hub: Hub, run: Run, name: str, defaults: SamplingParams, key: str | None, method: tuple[str, Method] | None = None) -> FastAPI:
+    """The application. defaults: of what a request leaves open. key: that callers must send, None for none.
 
-    def __init__(self, engine: Engine, concurrency: int) -> None:
-        self.engine, self.concurrency, self.answered, self.cancelled = engine, concurrency, 0, 0
-        self._arrived: asyncio.Queue[Request] = asyncio.Queue()
-        self._callers: dict[str, asyncio.Queue[Said | BaseException]] = {}
-
-    async def work(self) -> None:
-        """Answer for ever. An engine that fails is told to all who wait, and begun anew for those who come."""
-        while True:
-            try:
-                async for result in self.engine.stream(self._requests(), concurrency=self.concurrency, on_piece=self._say):
-                    self.answered += result.error is None
-                    if (caller := self._callers.pop(result.request_id, None)) is not None:
-                        caller.put_nowait(result)
-            except Exception as error:
-                for caller in self._callers.values():
-                    caller.put_nowait(error)
-                self._callers.clear()
-
-    async def follow(self, prompt: Prompt, params: SamplingParams, n: int) -> AsyncGenerator[Said]:
-        """The pieces of n completions as they are written, then the result; whoever stops listening cancels the request.
-
-        Raises UserError for a request that failed.
-        """
-        name, said = secrets.token_hex(12), asyncio.Queue[Said | BaseException]()
-        self._callers[name] = said
-        self._arrived.put_nowait(Request(name, prompt, params, n))
-        try:
-            while True:
-                item = await said.get()
-                if isinstance(item, BaseException):
-                    raise item
-                if isinstance(item, Result) and item.error is not None:
-                    raise UserError(item.error)
-                yield item
-                if isinstance(item, Result):
-                    return
-        finally:
-            if self._callers.pop(name, None) is not None:
-                self.cancelled += 1
-                self.engine.cancel(name)
-
-    def figures(self) -> dict[str, float]:
-        """How it stands: requests in work or waiting, answered and cancelled ones, tokens that the engine has generated."""
-        tokens = self.engine.diagnostics().get("tokens", 0.0) if isinstance(self.engine, Diagnostics) else 0.0
-        return {"requests": len(self._callers), "answered": self.answered, "cancelled": self.cancelled, "tokens": tokens}
-
-    async def _requests(self) -> AsyncIterator[Request]:
-        while True:
-            if (request := await self._arrived.get()).id in self._callers:  # else its caller has left
-                yield request
-
-    def _say(self, request: str, index: int, piece: Piece) -> None:
-        if (caller := self._callers.get(request)) is not None:
-            caller.put_nowait((index, piece))
-
-
-def make_app(hub: Hub, run: Run, name: str, defaults: SamplingParams, key: str | None) -> FastAPI:
-    """The application. defaults: of what a request leaves open. key: that callers must send, None for none."""
+    method: the name of a model that answers with this decoding of several calls, and the decoding.
+    """
 
     @asynccontextmanager
     async def life(app: FastAPI) -> AsyncIterator[None]:
@@ -103,7 +49,7 @@ def make_app(hub: Hub, run: Run, name: str, defaults: SamplingParams, key: str |
 
     app = FastAPI(title="Patchbay", lifespan=life)
     guarded = [Depends(allowed)]
-    render = run_renderer(run)
+    render, names = run_renderer(run), [name] if method is None else [name, method[0]]
     compiling = asyncio.Semaphore(1)  # threads of one pool, which others need too
     errors(app)
 
@@ -114,8 +60,10 @@ def make_app(hub: Hub, run: Run, name: str, defaults: SamplingParams, key: str |
             return await asyncio.to_thread(params_of, asked)
 
     def params_of(asked: Asked) -> SamplingParams:
-        if asked.model not in (None, name):
-            raise HTTPException(404, f"model: {asked.model!r} is not here; {name!r} is")
+        if asked.model not in (None, *names):
+            raise HTTPException(404, f"model: {asked.model!r} is not here; {' and '.join(map(repr, names))} {'are' if method else 'is'}")
+        if method is not None and asked.model == method[0] and (given := asked.decides()):
+            raise HTTPException(400, f"{given[0]}: {asked.model!r} draws as its own configuration says; drop it, or ask {name!r}")
         if asked.stream and getattr(asked, "prompt_logprobs", None) is not None:
             raise HTTPException(400, "stream: prompt_logprobs are not streamed; ask for them without stream")
         if (asked.most_tokens() or 0) > (most := hub.engine.context_length or MOST_TOKENS):
@@ -127,6 +75,12 @@ def make_app(hub: Hub, run: Run, name: str, defaults: SamplingParams, key: str |
             raise HTTPException(400, str(error)) from error
         return params
 
+    def ids_of(prompt: Any) -> Any:
+        return [run.tokenizer.eot_id, *run.tokenizer.encode(prompt)] if isinstance(prompt, str) else prompt
+
+    def answers(asked: Asked, render: Render) -> Answers:
+        return hub if method is None or asked.model != method[0] else InRounds(hub, method[1], run.tokenizer, render)
+
     def seeded(asked: Asked, prompts: Sequence[Prompt], params: SamplingParams) -> list[Ask]:
         """Each prompt draws for itself where the caller names no seed."""
         return [(one, params if asked.seed is not None else replace(params, seed=secrets.randbits(63))) for one in prompts]
@@ -137,30 +91,37 @@ def make_app(hub: Hub, run: Run, name: str, defaults: SamplingParams, key: str |
 
     @app.get("/v1/models", dependencies=guarded)
     async def models() -> dict[str, Any]:
-        model = {"id": name, "object": "model", "created": 0, "owned_by": "patchbay", "max_model_len": hub.engine.context_length}
-        return {"object": "list", "data": [model]}
+        about = {"object": "model", "created": 0, "owned_by": "patchbay", "max_model_len": hub.engine.context_length}
+        return {"object": "list", "data": [{"id": one, **about} for one in names]}
 
     @app.post("/v1/completions", dependencies=guarded)
     async def complete(asked: CompletionForm, call: Call) -> Any:
         params = await checked(asked)
-        if not asked.prompts():
+        if not (prompts := asked.prompts()):
             raise HTTPException(400, "prompt: empty; give a text, token ids, or a list of either")
-        start = run.tokenizer.eot_id
+        asks_once = (to := answers(asked, ids_of)) is hub
+        if not asks_once and not all(isinstance(one, str) for one in prompts):
+            raise HTTPException(400, f"prompt: token ids; {asked.model!r} takes texts, which its calls go on from")
         try:
-            prompts: list[list[int]] = [[start, *run.tokenizer.encode(one)] if isinstance(one, str) else one for one in asked.prompts()]
-            scores = await asyncio.to_thread(scored, hub.engine, prompts) if asked.prompt_logprobs is not None else None
+            if asks_once:
+                prompts = [ids_of(one) for one in prompts]
+            scores = (
+                await asyncio.to_thread(scored, hub.engine, cast(list[list[int]], prompts)) if asked.prompt_logprobs is not None else None
+            )
         except (ValueError, TypeError) as error:
             raise HTTPException(400, f"prompt: {error}") from error
-        return await answered(hub, Reply("text_completion", name, asked, scores), seeded(asked, prompts, params), call)
+        return await answered(to, Reply("text_completion", asked.model or name, asked, scores), seeded(asked, prompts, params), call)
 
     @app.post("/v1/chat/completions", dependencies=guarded)
     async def chat(asked: ChatForm, call: Call) -> Any:
-        params = await checked(asked)
+        params, messages = await checked(asked), [message.model_dump() for message in asked.messages]
         try:
-            prompt = render([message.model_dump() for message in asked.messages], where="messages")
+            prompt: Prompt = render(messages, where="messages")
         except UserError as error:
             raise HTTPException(400, str(error)) from error
-        return await answered(hub, Reply("chat.completion", name, asked, None), seeded(asked, [prompt], params), call)
+        if (to := answers(asked, render)) is not hub:
+            prompt = messages  # which its calls begin with
+        return await answered(to, Reply("chat.completion", asked.model or name, asked, None), seeded(asked, [prompt], params), call)
 
     return app
 
@@ -236,17 +197,17 @@ class Reply:
         }
 
 
-async def answered(hub: Hub, reply: Reply, asks: list[Ask], call: Call) -> Any:
+async def answered(answers: Answers, reply: Reply, asks: list[Ask], call: Call) -> Any:
     """The response: one body, or events as the text is written. A caller who hangs up before its end cancels what is asked.
 
     Raises UserError, before anything is sent, for what the engine refuses.
     """
     n = reply.asked.n
     if reply.asked.stream:  # its response listens for the end of the connection by itself, once it has begun
-        told = events(hub, reply, asks)
+        told = events(answers, reply, asks)
         first = await unless_hung_up(asyncio.ensure_future(anext(told)), call)
         return Response(status_code=HUNG_UP) if first is None else StreamingResponse(after(first, told), media_type="text/event-stream")
-    results = await unless_hung_up(asyncio.ensure_future(whole(hub, asks, n)), call)
+    results = await unless_hung_up(asyncio.ensure_future(whole(answers, asks, n)), call)
     if results is None:
         return Response(status_code=HUNG_UP)
     choices = [
@@ -280,40 +241,7 @@ async def after(first: str, rest: AsyncGenerator[str]) -> AsyncGenerator[str]:
             yield item
 
 
-async def merged(hub: Hub, asks: list[Ask], n: int) -> AsyncGenerator[tuple[int, Said]]:
-    """(place of the prompt, what is said) of all prompts as it comes. Raises what the first to fail raises; the others are cancelled."""
-    heard = asyncio.Queue[tuple[int, Said | Exception]]()
-
-    async def listen(place: int, ask: Ask) -> None:
-        try:
-            async with aclosing(hub.follow(*ask, n)) as said:
-                async for item in said:
-                    heard.put_nowait((place, item))
-        except Exception as error:
-            heard.put_nowait((place, error))
-
-    tasks, ended = [asyncio.create_task(listen(*one)) for one in enumerate(asks)], 0
-    try:
-        while ended < len(asks):
-            place, item = await heard.get()
-            if isinstance(item, Exception):
-                raise item
-            ended += isinstance(item, Result)
-            yield place, item
-    finally:
-        for task in tasks:
-            task.cancel()
-        await asyncio.gather(*tasks, return_exceptions=True)
-
-
-async def whole(hub: Hub, asks: list[Ask], n: int) -> list[Result]:
-    """The results, in the order of the prompts; raises what `merged` raises."""
-    async with aclosing(merged(hub, asks, n)) as said:
-        found = {place: item async for place, item in said if isinstance(item, Result)}
-    return [found[place] for place in range(len(asks))]
-
-
-async def events(hub: Hub, reply: Reply, asks: list[Ask]) -> AsyncGenerator[str]:
+async def events(answers: Answers, reply: Reply, asks: list[Ask]) -> AsyncGenerator[str]:
     """Server-sent events: pieces, a last piece with the reason of each completion, the usage where asked for, [DONE].
 
     Raises UserError for what is refused before there is an event; later it is one.
@@ -324,7 +252,7 @@ async def events(hub: Hub, reply: Reply, asks: list[Ask]) -> AsyncGenerator[str]
 
     results, n, told = [], reply.asked.n, dict[int, int]()  # tokens of each completion
     try:
-        async with aclosing(merged(hub, asks, n)) as said:
+        async with aclosing(merged(answers, asks, n)) as said:
             async for place, item in said:
                 if isinstance(item, Result):
                     results.append(item)

@@ -13,7 +13,7 @@ from framework.generate import Context
 
 
 class Serve:
-    """Serves until it is interrupted.
+    """Serves until it is interrupted. With a decoding of several calls the same run is a second model too, METHOD:NAME.
 
     Args:
         host, port: where; port 0 takes a free one.
@@ -25,6 +25,7 @@ class Serve:
     """
 
     endless = True
+    asks_in_rounds = True
 
     def __init__(self, host: str, port: int, name: str | None, concurrency: int, api_key_variable: str) -> None:
         if not 0 <= port < 2**16:
@@ -44,11 +45,13 @@ class Serve:
             raise UserError(f"task: serve needs fastapi and uvicorn ({error}); pip install 'patchbay[serve]'") from error
         name, began = self.name or context.run.path.name, time.monotonic()
         hub = Hub(context.engine, self.concurrency)
-        app = make_app(hub, context.run, name, context.params, self.key)
+        method = None if context.method is None else (f"{decoding_name(context.method)}:{name}", context.method)
+        app = make_app(hub, context.run, name, context.params, self.key, method)
         with self._listen() as listening:
             host, port = listening.getsockname()[:2]
             open_to = "everybody who reaches it" if self.key is None else "callers with the key"
-            print(f"serving {name} at http://{host}:{port}/v1, open to {open_to}; Ctrl-C ends it", file=sys.stderr, flush=True)
+            names = name if method is None else f"{name} and {method[0]}"
+            print(f"serving {names} at http://{host}:{port}/v1, open to {open_to}; Ctrl-C ends it", file=sys.stderr, flush=True)
             print(f"try: python generate.py engine=openai engine.base_url=http://{host}:{port}/v1 prompt=Once", file=sys.stderr, flush=True)
             with contextlib.suppress(KeyboardInterrupt):  # uvicorn raises it again when it has shut down; here it is the normal end
                 uvicorn.Server(uvicorn.Config(app, log_level="warning", timeout_graceful_shutdown=5)).run(sockets=[listening])
@@ -63,3 +66,8 @@ class Serve:
             raise UserError(
                 f"task.port: {self.port} on {self.host} cannot be had ({error.strerror}); take another, or 0 for a free one"
             ) from error
+
+
+def decoding_name(method: object) -> str:
+    """The name of an option of the group `decode`: its module's, as for all options."""
+    return type(method).__module__.rpartition(".")[2]

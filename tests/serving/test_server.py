@@ -17,9 +17,13 @@ from engines import make_run, served
 
 from components.contracts import Constraint, Piece, SamplingParams, UserError
 from framework import server
-from framework.build import load_run
+from framework.build import build, compose, load_run
+from framework.decoding import setting_of, traced
+from framework.engines.building import build_engine
+from framework.generate import run_renderer
 from framework.server_forms import ChatForm
 
+GSA = ["decode=gsa", "decode.n=2", "decode.sampler.temperature=1.0"]  # the run is a second model, which answers with it
 WHOLE = {"extra_body": {"ignore_eos": True}}  # all tokens that were asked for
 
 
@@ -30,13 +34,12 @@ def run(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def client(run):
-    with served(run, "engine.context_length=30000") as url:
+    with served(run, "engine.context_length=30000", *GSA) as url:
         yield openai.OpenAI(base_url=url, api_key="none", max_retries=0)
 
 
 def test_models(client):
-    (model,) = client.models.list().data
-    assert model.id == "run"
+    assert [model.id for model in client.models.list().data] == ["run", "gsa:run"]
 
 
 def test_a_completion(client):
@@ -48,6 +51,41 @@ def test_a_completion(client):
     assert all(len(choice.logprobs.token_logprobs) == 12 and len(choice.logprobs.top_logprobs[0]) == 2 for choice in answer.choices)
     again = client.completions.create(model="run", prompt="Once", max_tokens=12, n=3, seed=5, temperature=1.0, top_p=1.0, **WHOLE)
     assert [choice.text for choice in again.choices] == [choice.text for choice in answer.choices] and again.choices[0].logprobs is None
+
+
+def test_a_decoding_of_several_calls_is_a_model(run, client):
+    """It says what task=answer says at the same seed, and its usage is that of all calls."""
+    config = compose("generate", ["ckpt=unused", *GSA])
+    engine, method, render = build_engine(config.engine, run, None), build(config.decode), run_renderer(run)
+    setting = setting_of(engine, run.tokenizer, render, method.params(20, 3))
+    expected = {i: answer for i, answer in traced(method, ["Once", "Twice"], engine, render, setting, None)}
+    answer = client.completions.create(model="gsa:run", prompt=["Once", "Twice"], max_tokens=20, seed=3, n=2)
+    assert [choice.index for choice in answer.choices] == [0, 1, 2, 3] and len({choice.text for choice in answer.choices}) > 2
+    assert [answer.choices[i].text for i in (0, 2)] == [expected[i].text for i in (0, 1)]
+    alone = client.completions.create(model="gsa:run", prompt="Once", max_tokens=20, seed=3)
+    spent = expected[0].trace["usage"]
+    assert spent["calls"] == 3 and alone.model == "gsa:run" and alone.choices[0].finish_reason == expected[0].finish_reason
+    assert (alone.usage.prompt_tokens, alone.usage.completion_tokens) == (spent["prompt_tokens"], spent["completion_tokens"])
+    events = list(client.completions.create(model="gsa:run", prompt="Once", max_tokens=20, seed=3, stream=True))
+    assert "".join(event.choices[0].text for event in events) == expected[0].text and events[-1].choices[0].finish_reason
+    until = expected[0].text[3:5]  # every call ends there, the samples too
+    assert until not in client.completions.create(model="gsa:run", prompt="Once", max_tokens=20, seed=3, stop=until).choices[0].text
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"temperature": 0.5}, "temperature: 'gsa:run' draws as its own configuration says; drop it, or ask 'run'"),
+        ({"extra_body": {"structured_outputs": {"choice": ["a"]}}}, "structured_outputs: 'gsa:run' draws as"),
+        ({"prompt": [97, 98]}, "prompt: token ids; 'gsa:run' takes texts"),
+        ({"max_tokens": 29000}, "too_long: prompt: 1501 tokens and max_new_tokens=29000 are more than the 30000"),
+        ({"model": "gsa:walk"}, "model: 'gsa:walk' is not here; 'run' and 'gsa:run' are"),
+    ],
+)
+def test_what_a_decoding_of_several_calls_refuses(client, change, message):
+    with pytest.raises(openai.APIStatusError) as caught:
+        client.completions.create(**{"model": "gsa:run", "prompt": "Once " * 300, "max_tokens": 4, **change})
+    assert message in str(caught.value) and caught.value.status_code in (400, 404)
 
 
 def test_several_prompts(client):
@@ -137,7 +175,7 @@ def test_many_callers_at_once(client):
 @pytest.mark.parametrize(
     ("change", "status", "told"),
     [
-        ({"model": "other"}, 404, "model: 'other' is not here; 'run' is"),
+        ({"model": "other"}, 404, "model: 'other' is not here; 'run' and 'gsa:run' are"),
         ({"temperature": -1.0}, 400, "temperature: -1.0; a finite number >= 0"),
         ({"max_tokens": 0}, 400, "max_new_tokens: 0"),
         ({"frequency_penalty": 0.5}, 400, "frequency_penalty"),

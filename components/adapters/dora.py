@@ -16,8 +16,8 @@ class DoRALayer(LowRankLayer):
     """y = (m / |V|) V x + bias with V = W + scale * B A, |V| the norms of its rows, m trained from |W| (eq. 5).
 
     |V| is a constant of the backward (section 4.3). The lengths of the rows of W are kept, so that
-    |V|^2 = |W|^2 + 2 scale <B A, W> + scale^2 |B A|^2 by rows needs no dense V; and as sqrt(a^2) is a in floating point, m / |V| is
-    exactly 1 while B is zero: the adapted model starts as its base, bit for bit, on whatever device.
+    |V|^2 = |W|^2 + 2 scale <B A, W> + scale^2 |B A|^2 by rows needs no dense V. Where a row has no update |V| is |W| itself, so that m / |V|
+    is exactly 1 while B is zero: the adapted model starts as its base, bit for bit, on whatever device.
     """
 
     lora_weight_norm: Tensor  # (out,), |W|; in checkpoints, as the base weight may be loaded after wrapping
@@ -43,7 +43,9 @@ class DoRALayer(LowRankLayer):
         with torch.no_grad(), torch.autocast(a.device.type, enabled=False):
             cross = (b * (self.base_weight.to(a.dtype) @ a.T)).sum(1)  # (out,), rows of B A times rows of W
             square = (b @ (a @ a.T) * b).sum(1)  # (out,), squared rows of B A
-            norm = (self.lora_weight_norm.to(a.dtype).square() + 2 * self.scale * cross + self.scale**2 * square).clamp_min(0).sqrt()
+            length, change = self.lora_weight_norm.to(a.dtype), 2 * self.scale * cross + self.scale**2 * square
+            norm = (length.square() + change).clamp_min(0).sqrt()
+            norm = torch.where(change == 0, length, norm)  # the square root of MKL's vectors is not always that of a^2 (float64, Intel)
             norm = norm.clamp_min(torch.finfo(norm.dtype).tiny)  # a row of zeros stays one
         return self.lora_magnitude_vector / norm
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import re
 from pathlib import Path
 from typing import Any
@@ -44,8 +45,10 @@ def run_sub(run_dir: str) -> str:
     return ".hydra_resume" if read_state(Path(run_dir)) else ".hydra"
 
 
-def job_dir(sweep_dir: str, number: int, words: Any, choices: Any, seed: int) -> str:
-    """Folder of a sweep's job, inside that of the sweep."""
+def job_dir(sweep_dir: str, number: int, words: Any, choices: Any, seed: int, *, _root_: Any) -> str:
+    """Folder of a sweep's job, inside that of the sweep; named after its parts (those of `ckpt=` included)."""
+    with contextlib.suppress(Exception):  # a run that is not there: the job says so itself, and its folder is to hold that
+        choices = with_inherited(choices, _root_.ckpt, Path(_root_.paths.root))
     return job_folder(str(sweep_dir), int(number), [str(word) for word in words], slug(choices, seed))
 
 

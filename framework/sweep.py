@@ -127,10 +127,14 @@ def in_sweep() -> bool:
 def job_folder(sweep_dir: str, number: int, words: Sequence[str], slug: str) -> str:
     """Name of a job's folder: its number, its parts, and the swept values that those do not show.
 
-    A sampler's job that was begun before (it has the same words) keeps its folder; its other jobs are numbered on from there.
+    A job that was begun before keeps its folder; a sampler's is known by its words, and its other jobs are numbered on from there.
     """
     record = read_sweep(Path(sweep_dir))
     first = record.get("first_job", 0)
+    if not first:
+        for begun in Path(sweep_dir).glob(f"{number}_*/"):
+            if (before := typed_before(begun)) and set(before) <= set(words):
+                return begun.name
     if first:
         for job in read_jobs(Path(sweep_dir)):
             if job.number < first and job.folder and set(job.words) <= set(words):

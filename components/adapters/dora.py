@@ -16,8 +16,8 @@ class DoRALayer(LowRankLayer):
     """y = (m / |V|) V x + bias with V = W + scale * B A, |V| the norms of its rows, m trained from |W| (eq. 5).
 
     |V| is a constant of the backward (section 4.3). The lengths of the rows of W are kept, so that
-    |V|^2 = |W|^2 + 2 scale <B A, W> + scale^2 |B A|^2 by rows needs no dense V. Where a row has no update |V| is |W| itself, so that m / |V|
-    is exactly 1 while B is zero: the adapted model starts as its base, bit for bit, on whatever device.
+    |V|^2 = |W|^2 + 2 scale <B A, W> + scale^2 |B A|^2 by rows needs no dense V. Where a row has no update |V| is |W| itself, so that
+    m / |V| is exactly 1 while B is zero: the adapted model starts as its base, bit for bit, on whatever device.
     """
 
     lora_weight_norm: Tensor  # (out,), |W|; in checkpoints, as the base weight may be loaded after wrapping

@@ -3,10 +3,12 @@
 import json
 
 import pytest
+from omegaconf import OmegaConf
 
 from components.contracts import UserError
 from framework import resolvers
 from framework.overrides import config_loader
+from framework.resolvers import job_dir
 from framework.runs import write_state
 from framework.sweep import ERROR_FILE, Sweep, job_folder, might_sweep, read_jobs, rounded, table
 from framework.sweep_plan import changed_keys, check_same, continued, fresh, grid, parse, plan_sweep, quote, variations
@@ -140,6 +142,22 @@ def test_a_samplers_begun_job_keeps_its_folder_and_new_ones_are_numbered_on(tmp_
     job(folder, "1_a", ["lr=0.25"], status="running")
     assert job_folder(str(folder), 0, ["logger=none", "lr=0.25"], "a") == "1_a"
     assert job_folder(str(folder), 1, ["lr=0.125"], "a") == "3_a"
+
+
+def test_a_begun_job_keeps_its_folder_whatever_it_would_be_named_now(tmp_path):
+    """`ckpt=last` is another run after a while."""
+    (tmp_path / "s/0_old/.hydra").mkdir(parents=True)
+    (tmp_path / "s/0_old/.hydra/overrides.yaml").write_text("- ckpt=last\n- seed=1\n")
+    assert job_folder(str(tmp_path / "s"), 0, ["ckpt=last", "seed=1", "logger=none"], "new") == "0_old"
+    assert job_folder(str(tmp_path / "s"), 0, ["ckpt=last", "seed=2"], "new") == "0_new"
+
+
+def test_a_jobs_folder_is_named_after_the_model_of_its_ckpt(tmp_path):
+    job(tmp_path, "base", [], status="done", choices={"model": "phi4mini", "model/size": "test"})
+    choices = {"model": "samba", "model/size": "tiny", "adapter": "lora"}
+    for ckpt, name in ((str(tmp_path / "base"), "phi4mini-test-lora-s1"), ("???", "samba-tiny-lora-s1"), (None, "samba-tiny-lora-s1")):
+        root = OmegaConf.create({"ckpt": ckpt, "paths": {"root": str(tmp_path)}})
+        assert job_dir(str(tmp_path / "s"), 4, [], choices, 1, _root_=root) == f"4_{name}"
 
 
 def test_the_table_reads_the_folders_alone(tmp_path, capsys):

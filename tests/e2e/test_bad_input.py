@@ -266,24 +266,26 @@ def test_traceback_on_request(capfd):
     assert "Traceback" in capfd.readouterr().err
 
 
-SUBPROCESS = [
-    ("train.py", ["model=sambaa"], ["did you mean 'samba'"]),
-    ("train.py", ["optimizer.lrr=1", "logger=none"], ["did you mean 'optimizer.lr'"]),
-    ("train.py", ["data=text"], ["data.path", "no value"]),
-    ("train.py", ["data=text", "data.path=nowhere.txt"], ["nowhere.txt"]),
-    ("train.py", ["trainer=gpu"], ["no CUDA"]),
-    ("generate.py", [], ["no trained run"]),
+SUBPROCESS = [  # one of each script in the default tests: a process takes seconds, and one process has all cases above
+    ("train.py", ["model=sambaa"], ["did you mean 'samba'"], ()),
+    ("train.py", ["optimizer.lrr=1", "logger=none"], ["did you mean 'optimizer.lr'"], pytest.mark.slow),
+    ("train.py", ["data=text"], ["data.path", "no value"], pytest.mark.slow),
+    ("train.py", ["data=text", "data.path=nowhere.txt"], ["nowhere.txt"], pytest.mark.slow),
+    ("train.py", ["trainer=gpu"], ["no CUDA"], pytest.mark.slow),
+    ("generate.py", [], ["no trained run"], ()),
 ]
 
 
-@pytest.mark.parametrize(("script", "argv", "words"), [pytest.param(*case, id=f"{case[0]} {' '.join(case[1])}") for case in SUBPROCESS])
+@pytest.mark.parametrize(
+    ("script", "argv", "words"), [pytest.param(*case, id=f"{case[0]} {' '.join(case[1])}", marks=marks) for *case, marks in SUBPROCESS]
+)
 def test_real_process_refuses_in_one_line(tmp_path, script, argv, words):
     done = run(tmp_path, *argv, script=script)
     check_refusal(done.returncode, done.stderr, words)
     assert newest_run(tmp_path / "outputs") is None
 
 
-@pytest.mark.parametrize(("number", "code"), [(signal.SIGTERM, 143), (signal.SIGINT, 130)])
+@pytest.mark.parametrize(("number", "code"), [pytest.param(signal.SIGTERM, 143, marks=pytest.mark.slow), (signal.SIGINT, 130)])
 def test_real_process_stopped_by_a_signal_says_how_to_resume(tmp_path, number, code):
     text = shakespeare_like(tmp_path / "text.txt")
     process = start(tmp_path, *SMALL, f"data.path={text}", "trainer.max_steps=100000", "trainer.log_every_n_steps=1", "logger=none")

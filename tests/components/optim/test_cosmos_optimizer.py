@@ -167,6 +167,7 @@ def test_learns():
     assert sum(losses[-5:]) / 5 < 0.7 * sum(losses[:5]) / 5
 
 
+@pytest.mark.slow
 def test_no_shape_compiles_the_update_anew(monkeypatch):
     """Tall, wide, square and long matrices, alone and in stacks; then others of new sizes."""
     from torch._dynamo.testing import CompileCounterWithBackend

@@ -25,7 +25,7 @@ WIDTH = 160  # of a table where standard output is no terminal
 PLACE = ("task", "length", "depth", "problem", "asked", "expected")  # what tells items apart
 EXAMPLES = """examples:
   python generate.py -m task=evaluate eval=gsm8k eval.path=test.jsonl decode=greedy,self_consistency,choose_from_n ckpt=RUN_DIR
-  python -m framework.decoding_report multirun/generate/DATE/*            each folder has the results.jsonl of one way to answer
+  python -m framework.decoding_report multirun/generate/DATE              all jobs of a sweep
   python -m framework.decoding_report DIR DIR --measure flexible_score    another measure
 """
 
@@ -67,6 +67,15 @@ def read(folder: Path, measure: str | None) -> tuple[str, Way]:
     unparsed = sum(line[reading] is None for line in lines) if reading in lines[0] else None
     costs = {key: float(metrics[f"decode/{key}"]) for key in COSTS if f"decode/{key}" in metrics}
     return measure, Way(folder.resolve().name, values, costs, unparsed, table)
+
+
+def of_sweeps(folders: Sequence[Path]) -> list[Path]:
+    """The folders, each of a sweep replaced by those of its jobs; a sweep's own files, which `DATE/*` names too, are left out."""
+    found = list[Path]()
+    for folder in folders:
+        jobs = [job for job in folder.glob("*/") if job.name.isdigit()] if (folder / "multirun.yaml").is_file() else []
+        found += sorted(jobs, key=lambda job: int(job.name)) or ([] if folder.name == "multirun.yaml" else [folder])
+    return found
 
 
 def same_items(ways: Sequence[Way]) -> None:
@@ -134,10 +143,11 @@ def report(measure: str, ways: Sequence[Way], console: Console) -> None:
 def work(words: argparse.Namespace) -> int:
     """Read, check, print."""
     measure, ways = words.measure, []
-    for folder in words.folders:
+    folders = of_sweeps(words.folders)
+    for folder in folders:
         measure, way = read(folder, measure)
         ways.append(way)
-    named_apart(ways, words.folders)
+    named_apart(ways, folders)
     same_items(ways)
     report(measure, ways, Console(highlight=False, width=None if sys.stdout.isatty() else WIDTH))
     return 0
@@ -146,7 +156,9 @@ def work(words: argparse.Namespace) -> int:
 def main(argv: list[str] | None = None) -> int:
     """Run on `argv` and return the exit code."""
     parser = command_parser("decoding_report", "Compare ways to answer: accuracy, cost, right candidates, and each two in pairs.", EXAMPLES)
-    parser.add_argument("folders", nargs="+", type=Path, metavar="RUN_DIR", help="output folders of task=evaluate on the same items")
+    parser.add_argument(
+        "folders", nargs="+", type=Path, metavar="RUN_DIR", help="output folders of task=evaluate on the same items, or of their sweep"
+    )
     parser.add_argument("--measure", help="such as strict_score; the first score of the results where it is not given")
     return run_command(parser, argv, work)
 

@@ -34,6 +34,7 @@ from framework.runtime import prepare_process
 from framework.signatures import ALLOWED, describe, fits, locate, nearest_literal
 
 ASKS = {"prompt": None, "prompts": None, "output": None, "n": 1}  # keys of some tasks, and what they are when nothing is asked
+ANSWER_TOKENS = 128  # max_new_tokens where nobody says it
 KEYS: dict[str, Any] = {"max_new_tokens": int, "device": str, "too_long": Policy, "adapter": dict[str, Any]}
 ADAPTER_KEYS: dict[str, Any] = {"task": str | int | None, "merge": bool}
 
@@ -188,6 +189,9 @@ def check_keys(config: DictConfig) -> None:
         lines.append("eval: this task measures nothing; add task=evaluate, or drop eval")
     unheard = [key for key, nothing in ASKS.items() if values[key] != nothing and key not in values["task"]]
     lines += [f"{key}: {values[key]!r}; this task does not look at it; drop it" for key in unheard]
+    if values["max_new_tokens"] != ANSWER_TOKENS:
+        own = [part for part in ("eval", "task") if "max_new_tokens" in (values[part] or {})]
+        lines += [f"max_new_tokens: {values['max_new_tokens']}; here {part}.max_new_tokens bounds an answer; set that one" for part in own]
     if lines:
         raise ConfigErrors(lines)
 

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from omegaconf import OmegaConf
+from omegaconf.errors import OmegaConfBaseException
 
 from components.errors import UserError
 from framework.runs import newest_run, read_state, with_inherited
@@ -47,7 +48,7 @@ def run_sub(run_dir: str) -> str:
 
 def job_dir(sweep_dir: str, number: int, words: Any, choices: Any, seed: int, *, _root_: Any) -> str:
     """Folder of a sweep's job, inside that of the sweep; named after its parts (those of `ckpt=` included)."""
-    with contextlib.suppress(Exception):  # a run that is not there: the job says so itself, and its folder is to hold that
+    with contextlib.suppress(UserError, OmegaConfBaseException, OSError):  # no such run: the job says so, in its folder
         choices = with_inherited(choices, _root_.ckpt, Path(_root_.paths.root))
     return job_folder(str(sweep_dir), int(number), [str(word) for word in words], slug(choices, seed))
 

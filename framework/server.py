@@ -62,8 +62,8 @@ def make_app(hub: Hub, run: Run, name: str, defaults: SamplingParams, key: str |
     def params_of(asked: Asked) -> SamplingParams:
         if asked.model not in (None, *names):
             raise HTTPException(404, f"model: {asked.model!r} is not here; {' and '.join(map(repr, names))} {'are' if method else 'is'}")
-        if method is not None and asked.model == method[0] and (given := asked.decides()):
-            raise HTTPException(400, f"{given[0]}: {asked.model!r} draws as its own configuration says; drop it, or ask {name!r}")
+        if method is not None and asked.model == method[0] and (field := asked.beyond_text()):
+            raise HTTPException(400, f"{field}: {asked.model!r} gives texts alone; drop it, or ask {name!r}")
         if asked.stream and getattr(asked, "prompt_logprobs", None) is not None:
             raise HTTPException(400, "stream: prompt_logprobs are not streamed; ask for them without stream")
         if (asked.most_tokens() or 0) > (most := hub.engine.context_length or MOST_TOKENS):

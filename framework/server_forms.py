@@ -6,11 +6,6 @@ from typing import Annotated, Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field
 
-DRAWING = (
-    "temperature", "top_p", "top_k", "min_p", "repetition_penalty", "stop_token_ids", "ignore_eos", "min_tokens", "structured_outputs",
-    "logprobs", "top_logprobs", "prompt_logprobs",
-)  # fmt: skip
-
 
 class Form(BaseModel):
     model_config = ConfigDict(extra="forbid")
@@ -65,9 +60,11 @@ class Asked(Form):
     def most_tokens(self) -> int | None:
         return self.max_tokens
 
-    def decides(self) -> list[str]:
-        """The fields with which the caller says how an answer is drawn, or what else than text there is of it."""
-        return [field for field in DRAWING if getattr(self, field, None) not in (None, False)]
+    def beyond_text(self) -> str | None:
+        """A field that asks for more than a text, or for one of a form; None for none."""
+        wanted = {"structured_outputs": self.structured_outputs, "prompt_logprobs": getattr(self, "prompt_logprobs", None)}
+        wanted |= {"top_logprobs" if hasattr(self, "top_logprobs") else "logprobs": self.alternatives()}
+        return next((field for field, value in wanted.items() if value is not None), None)
 
     def alternatives(self) -> int | None:
         raise NotImplementedError

@@ -29,6 +29,7 @@ from framework.runs import FINISHED, is_locked, read_state, replace_file, typed_
 
 SWEEP_FILE, ERROR_FILE = "sweep.json", "error.txt"
 FLAGS = ("-m", "--multirun")
+FREE = ("logger", "samples", "progress", "traceback", "on_error")  # may change when a sweep is continued, besides hydra's own keys
 SHOWS_ONLY = ("--help", "-h", "--hydra-help", "--cfg", "-c", "--info", "-i", "--version", "--shell-completion", "-sc")
 JOB_FOLDER = re.compile(r"(\d+)_")
 SHOWN_ERRORS = 5
@@ -124,6 +125,12 @@ def in_sweep() -> bool:
     return HydraConfig.initialized() and HydraConfig.get().mode == RunMode.MULTIRUN
 
 
+def is_free(word: str) -> bool:
+    """May a sweep be continued with another value here?"""
+    key = word.lstrip("+~").partition("=")[0]
+    return key.startswith(("hydra/launcher", "hydra.launcher", "hydra.job")) or key.split(".")[0] in FREE
+
+
 def job_folder(sweep_dir: str, number: int, words: Sequence[str], slug: str) -> str:
     """Name of a job's folder: its number, its parts, and the swept values that those do not show.
 
@@ -132,8 +139,9 @@ def job_folder(sweep_dir: str, number: int, words: Sequence[str], slug: str) -> 
     record = read_sweep(Path(sweep_dir))
     first = record.get("first_job", 0)
     if not first:
+        own = {word for word in words if not is_free(word)}
         for begun in Path(sweep_dir).glob(f"{number}_*/"):
-            if (before := typed_before(begun)) and set(before) <= set(words):
+            if {word for word in typed_before(begun) if not is_free(word)} == own:
                 return begun.name
     if first:
         for job in read_jobs(Path(sweep_dir)):

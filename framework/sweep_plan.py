@@ -20,9 +20,8 @@ from components.errors import UserError
 from framework.overrides import config_loader, explain, first_line, group_names
 from framework.runtime import usable_cpus
 from framework.signatures import nearest
-from framework.sweep import FLAGS, Sweep, might_sweep, read_jobs, read_sweep
+from framework.sweep import FLAGS, Sweep, is_free, might_sweep, read_jobs, read_sweep
 
-FREE = ("logger", "samples", "progress", "traceback", "on_error")  # may change when a sweep is continued, besides hydra's own keys
 CHECKED_VALUES = 12  # of each swept key; a range of seeds need not be checked to its end
 AT_ONCE, DAY_MINUTES = 2, 1440
 EXTRAS = {"joblib": "sweep", "submitit": "slurm", "optuna": "sweep"}
@@ -110,11 +109,6 @@ def check_same(sweep: Sweep, record: dict[str, Any]) -> None:
     jobs = [{w for w in job["overrides"] if not is_free(w)} for job in record["jobs"]]
     if sweep.planned is not None and jobs != [{w for w in words if not is_free(w)} for words in sweep.planned]:
         raise UserError(f"resume: the jobs of {sweep.folder} are others now; a file that its words name was changed. Start a new sweep")
-
-
-def is_free(word: str) -> bool:
-    key = word.lstrip("+~").partition("=")[0]
-    return key.startswith(("hydra/launcher", "hydra.launcher", "hydra.job")) or key.split(".")[0] in FREE
 
 
 def refusals(config_name: str, typed: list[str], error: Exception) -> list[str]:

@@ -106,10 +106,11 @@ class MambaBlock(Block):
         return self.mixer(x, context.document_start, state)
 
     def packed_branch(self, packed: Callable[[nn.Module], Any]) -> Callable[..., Tensor] | None:
-        """`branch` as one call of kernels.packed; None where a projection has no packed weight. See components/decoding/forward.py."""
+        """`branch` as one call of kernels.packed; None for another mixer, or a projection without a packed
+        weight. See components/decoding/forward.py."""
         m = self.mixer
         projections = [packed(layer) for layer in (m.in_proj, m.x_proj, m.dt_proj, m.out_proj)]
-        if any(weight is None for weight in projections):
+        if type(m) is not MambaMixer or any(weight is None for weight in projections):
             return None
         norm, (into, low, dt, out) = (self.mixer_norm.weight.detach(), self.mixer_norm.eps), projections
         mixer = pack_mamba(into, m.conv_weight, m.conv_bias, low, dt, m.dt_bias, m.decay(), m.D, out)

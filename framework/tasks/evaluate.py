@@ -128,6 +128,8 @@ def next_command(context: Context, name: str, then: Sequence[str]) -> str:
 
     After a decoding in several calls: compare it with another one. Where nothing is suggested, or a value of `then` was typed: a prompt.
     """
+    if context.method is not None and (context.out_dir.parent / "multirun.yaml").is_file():
+        return f"python -m framework.decoding_report {context.out_dir.parent}   (all jobs of this sweep)"
     if context.method is not None:
         return f"python -m framework.decoding_report {context.out_dir} OTHER_DIR   (OTHER_DIR: the same items with another decode=)"
     typed = HydraConfig.get().overrides.task if HydraConfig.initialized() else ["task=evaluate", f"eval={name}"]

@@ -9,7 +9,9 @@ import sys
 import time
 
 from components.contracts import UserError
-from framework.generate import Context
+from components.decoding.rounds import Query
+from framework.decoding import setting_of
+from framework.generate import Context, run_renderer
 
 
 class Serve:
@@ -21,7 +23,8 @@ class Serve:
         concurrency: requests at work at once; more wait.
         api_key_variable: environment variable with the key that callers must send; where it is not set everybody may call.
 
-    Raises: UserError for a port that is taken or no port, and where fastapi and uvicorn are not installed.
+    Raises: UserError for a port that is taken or no port, a decoding that needs several queries, and where fastapi and uvicorn are
+        not installed.
     """
 
     endless = True
@@ -46,13 +49,19 @@ class Serve:
         name, began = self.name or context.run.path.name, time.monotonic()
         hub = Hub(context.engine, self.concurrency)
         method = None if context.method is None else (f"{decoding_name(context.method)}:{name}", context.method)
+        if method is not None:  # what cannot be answered alone says so now
+            next(method[1].answer(Query("first", "x"), setting_of(context.engine, None, run_renderer(context.run), context.params)))
         app = make_app(hub, context.run, name, context.params, self.key, method)
         with self._listen() as listening:
             host, port = listening.getsockname()[:2]
             open_to = "everybody who reaches it" if self.key is None else "callers with the key"
-            names = name if method is None else f"{name} and {method[0]}"
+            names, asked = (name, "") if method is None else (f"{name} and {method[0]}", f" engine.name={name}")
             print(f"serving {names} at http://{host}:{port}/v1, open to {open_to}; Ctrl-C ends it", file=sys.stderr, flush=True)
-            print(f"try: python generate.py engine=openai engine.base_url=http://{host}:{port}/v1 prompt=Once", file=sys.stderr, flush=True)
+            print(
+                f"try: python generate.py engine=openai engine.base_url=http://{host}:{port}/v1{asked} prompt=Once",
+                file=sys.stderr,
+                flush=True,
+            )
             with contextlib.suppress(KeyboardInterrupt):  # uvicorn raises it again when it has shut down; here it is the normal end
                 uvicorn.Server(uvicorn.Config(app, log_level="warning", timeout_graceful_shutdown=5)).run(sockets=[listening])
         seconds = time.monotonic() - began

@@ -17,6 +17,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from kernels.checks import expect_shape
 from kernels.compile_c import load_library
 from kernels.packed import eager
 from kernels.rms_norm import add_rms_norm, rms_norm
@@ -210,6 +211,11 @@ def pack_mamba(
     plain = all(part.dtype == torch.float32 if isinstance(part, Tensor) else isinstance(part, Packed) for part in weights)
     if not plain or conv_weight.shape[1] > _MAX_TAPS or A.shape[1] > MAX_STATES:
         return weights
+    (channels, states), width, rank = A.shape, in_proj.inputs, dt_proj.inputs
+    expected = {"in_proj": (2 * channels, width), "x_proj": (rank + 2 * states, channels), "dt_proj": (channels, rank)}
+    for name, shape in (expected | {"out_proj": (width, channels)}).items():
+        if (found := (getattr(weights, name).outputs, getattr(weights, name).inputs)) != shape:
+            raise ValueError(f"pack_mamba: {name} is of {found}; expected {shape}")
     return Mamba(weights, (weights.A * _LOG2E).t().contiguous())
 
 
@@ -221,6 +227,9 @@ def mamba(x: Tensor, norm: Norm | None, mixer: Mamba | eager.Mamba, taps: Tensor
     if any(part.dtype != torch.float32 or not part.is_contiguous() for part in (taps, state)):
         return eager.mamba(x, norm, w, taps, state, linear)
     (batch, length, _), flat = x.shape, _rows(x, w.in_proj.inputs)
+    (channels, states), past = w.A.shape, w.conv_weight.shape[1] - 1
+    expect_shape("mamba", "state", state, batch, channels, states, letters="(B, C, N)")
+    expect_shape("mamba", "taps", taps, batch, past, channels, letters="(B, W-1, C)")
     out, work = torch.empty(x.shape), torch.empty(batch * length, 2 * w.in_proj.outputs + w.x_proj.outputs + w.in_proj.inputs)
     weight = None if norm is None else norm[0].float().contiguous()
     problem = _Mamba(

@@ -192,6 +192,7 @@ def test_what_is_wrong_is_said_in_one_line(call, home, base, text_words, capfd, 
     refused(call("eval=position_loss", "eval.rows=9999"), "eval.rows: the data has", "lower it")
     assert not (tmp_path / "out").exists()
     refused(call("eval=retention", "n=2"), "n: 2; this task does not look at it; drop it")
+    refused(call("eval=ruler_lite", "max_new_tokens=48"), "max_new_tokens: 48; here eval.max_new_tokens bounds an answer; set that one")
     places = [f"paths.root={home / 'outputs'}", f"hydra.run.dir={tmp_path / 'out'}"]
     code = entry_point.main([*places, "eval=ruler_lite"])
     refused((code, *capfd.readouterr()), "eval: this task measures nothing", "task=evaluate")

@@ -69,7 +69,7 @@ def test_what_is_suggested_next_fits_what_was_run(home, monkeypatch):
     then = OmegaConf.to_container(compose("generate", ["task=evaluate", "eval=choice"]).task.then)
     assert set(then) <= set(group_options("eval"))
     run = load_run(home / "outputs" / "text")
-    context = SimpleNamespace(run=run, source=run, method=None, task=None, out_dir="out")
+    context = SimpleNamespace(run=run, source=run, method=None, task=None, out_dir=Path("out"))
 
     def after(name, *typed, method=None):
         context.method = method

@@ -147,9 +147,10 @@ def test_a_samplers_begun_job_keeps_its_folder_and_new_ones_are_numbered_on(tmp_
 def test_a_begun_job_keeps_its_folder_whatever_it_would_be_named_now(tmp_path):
     """`ckpt=last` is another run after a while."""
     (tmp_path / "s/0_old/.hydra").mkdir(parents=True)
-    (tmp_path / "s/0_old/.hydra/overrides.yaml").write_text("- ckpt=last\n- seed=1\n")
-    assert job_folder(str(tmp_path / "s"), 0, ["ckpt=last", "seed=1", "logger=none"], "new") == "0_old"
-    assert job_folder(str(tmp_path / "s"), 0, ["ckpt=last", "seed=2"], "new") == "0_new"
+    (tmp_path / "s/0_old/.hydra/overrides.yaml").write_text("- ckpt=last\n- seed=1\n- logger=csv\n")
+    assert job_folder(str(tmp_path / "s"), 0, ["ckpt=last", "seed=1", "logger=none"], "new") == "0_old"  # which may change
+    for other in (["ckpt=last", "seed=2"], ["ckpt=last"], ["ckpt=last", "seed=1", "optimizer=muon"]):
+        assert job_folder(str(tmp_path / "s"), 0, other, "new") == "0_new"
 
 
 def test_a_jobs_folder_is_named_after_the_model_of_its_ckpt(tmp_path):

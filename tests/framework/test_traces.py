@@ -34,7 +34,8 @@ def call(home, tmp_path, capfd):
 
     def run_it(*words: str) -> tuple[int, str, str]:
         places = [f"paths.root={home / 'outputs'}", f"paths.cache_dir={home / 'cache'}", f"hydra.run.dir={tmp_path / 'out'}"]
-        code = entry_point.main([*places, "max_new_tokens=6", *words])
+        bound = [] if "task=evaluate" in words else ["max_new_tokens=6"]  # an evaluation has its own
+        code = entry_point.main([*places, *bound, *words])
         out, err = capfd.readouterr()
         return code, out, err
 
@@ -134,6 +135,17 @@ def test_ways_to_answer_are_compared_in_pairs(tmp_path, capsys):
     ):
         assert decoding_report.main([*map(str, words)]) == 2
         assert message in capsys.readouterr().err
+
+
+def test_all_jobs_of_a_sweep_are_compared(tmp_path, capsys):
+    """By the sweep's folder, and by `DATE/*`, which names its own file too."""
+    folders = [evaluated(tmp_path / str(job), [1, 0, job % 2]) for job in (2, 10, 1)]
+    (tmp_path / "multirun.yaml").write_text("x: 1\n")
+    told = []
+    for words in ([tmp_path], [tmp_path / "1", tmp_path / "2", tmp_path / "10", tmp_path / "multirun.yaml"]):
+        assert decoding_report.main([*map(str, words)]) == 0
+        told.append(capsys.readouterr().out)
+    assert told[0] == told[1] and told[0].index("\n1 ") < told[0].index("\n2 ") < told[0].index("\n10 ") and len(folders) == 3
 
 
 def test_results_of_a_scripted_engine_are_refused_by_every_reader(call, home, tmp_path, capfd):

@@ -171,7 +171,9 @@ def test_mamba(backend, shape, monkeypatch):
 
 
 @torch.no_grad()
-def test_mamba_of_other_states_and_weights_is_left_to_eager():
+def test_what_the_c_mixer_cannot_read_is_left_to_eager():
+    for shape in ((8, 16, 257, 4, 1), (8, 16, 4, 17, 1)):  # more states, more taps
+        assert isinstance(Mixer(cpu, *shape).weights, eager.Mamba)
     mixer = Mixer(cpu, 40, 72, 6, 4, 3)
     x, before = torch.randn(3, 1, 40), [part.clone() for part in mixer.states]
     expected = cpu.mamba(x, mixer.norm, mixer.weights, *mixer.states)
@@ -231,3 +233,29 @@ def test_what_does_not_fit_is_refused():
         )
     with pytest.raises(ValueError, match=r"mamba: state has shape"):
         packed.mamba(torch.zeros(1, 2, 4), None, None, torch.zeros(1, 3, 5), torch.zeros(2, 5, 2))
+
+
+@COMPILED
+@torch.no_grad()
+def test_projections_and_states_of_another_mixer_are_refused():
+    """They would be read and written beyond their ends."""
+    width, channels, states, taps, rank = 8, 16, 4, 3, 2
+    shapes = {"in_proj": (2 * channels, width), "x_proj": (rank + 2 * states, channels), "dt_proj": (channels, rank)}
+    shapes |= {"out_proj": (width, channels)}
+    rest = torch.zeros(channels, taps), torch.zeros(channels), torch.zeros(channels), -torch.ones(channels, states), torch.zeros(channels)
+
+    def made(**other):
+        into, low, dt, out = (packed.pack(torch.zeros(other.get(name, shape))) for name, shape in shapes.items())
+        return packed.pack_mamba(into, *rest[:2], low, dt, *rest[2:], out)
+
+    for name, (outputs, inputs) in shapes.items():
+        for shape in ((outputs + 1, inputs), (outputs, inputs + 1)):
+            with pytest.raises(ValueError, match=r"pack_mamba: (in|x|dt|out)_proj is of"):
+                made(**{name: shape})
+    mixer, x = made(), torch.zeros(1, 2, width)
+    packed.mamba(x, None, mixer, torch.zeros(1, taps - 1, channels), torch.zeros(1, channels, states))
+    for past, own in (((1, taps, channels), (1, channels, states)), ((1, taps - 1, channels), (1, channels, states + 1))):
+        with pytest.raises(ValueError, match=r"mamba: (taps|state) has shape"):
+            packed.mamba(x, None, mixer, torch.zeros(past), torch.zeros(own))
+    with pytest.raises(ValueError, match=r"mamba: (taps|state) has shape"):
+        packed.mamba(x, None, mixer, torch.zeros(1, taps - 1, 4), torch.zeros(1, 4, states))

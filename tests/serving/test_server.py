@@ -13,7 +13,7 @@ from urllib.parse import urlsplit
 import httpx
 import openai
 import pytest
-from engines import make_run, served
+from engines import make_run, node, served
 
 from components.contracts import Constraint, Piece, SamplingParams, UserError
 from framework import server
@@ -22,6 +22,8 @@ from framework.decoding import setting_of, traced
 from framework.engines.building import build_engine
 from framework.generate import run_renderer
 from framework.server_forms import ChatForm
+from framework.server_rounds import InRounds
+from framework.tasks.serve import Serve
 
 GSA = ["decode=gsa", "decode.n=2", "decode.sampler.temperature=1.0"]  # the run is a second model, which answers with it
 KEY = "secret"
@@ -54,15 +56,20 @@ def test_a_completion(client):
     assert [choice.text for choice in again.choices] == [choice.text for choice in answer.choices] and again.choices[0].logprobs is None
 
 
+def by_hand(run, said, seed, tokens=20, words=()):
+    """What task=answer says, with a native engine here."""
+    config = compose("generate", ["ckpt=unused", *GSA, *words])
+    engine, method, render = build_engine(config.engine, run, None), build(config.decode), run_renderer(run)
+    setting = setting_of(engine, run.tokenizer, render, method.params(tokens, seed))
+    return [answer for _, answer in sorted(traced(method, said, engine, render, setting, None), key=lambda pair: pair[0])]
+
+
 def test_a_decoding_of_several_calls_is_a_model(run, client):
     """It says what task=answer says at the same seed, and its usage is that of all calls."""
-    config = compose("generate", ["ckpt=unused", *GSA])
-    engine, method, render = build_engine(config.engine, run, None), build(config.decode), run_renderer(run)
-    setting = setting_of(engine, run.tokenizer, render, method.params(20, 3))
-    expected = {i: answer for i, answer in traced(method, ["Once", "Twice"], engine, render, setting, None)}
+    expected = by_hand(run, ["Once", "Twice"], 3)
     answer = client.completions.create(model="gsa:run", prompt=["Once", "Twice"], max_tokens=20, seed=3, n=2)
     assert [choice.index for choice in answer.choices] == [0, 1, 2, 3] and len({choice.text for choice in answer.choices}) > 2
-    assert [answer.choices[i].text for i in (0, 2)] == [expected[i].text for i in (0, 1)]
+    assert [answer.choices[i].text for i in (0, 2)] == [one.text for one in expected]
     alone = client.completions.create(model="gsa:run", prompt="Once", max_tokens=20, seed=3)
     spent = expected[0].trace["usage"]
     assert spent["calls"] == 3 and alone.model == "gsa:run" and alone.choices[0].finish_reason == expected[0].finish_reason
@@ -73,13 +80,70 @@ def test_a_decoding_of_several_calls_is_a_model(run, client):
     assert until not in client.completions.create(model="gsa:run", prompt="Once", max_tokens=20, seed=3, stop=until).choices[0].text
 
 
+def test_a_caller_may_say_how_samples_are_drawn(run, client):
+    (expected,) = by_hand(run, ["Once"], 3, words=["decode.sampler.temperature=0", "decode.sampler.top_p=null"])
+    answer = client.completions.create(model="gsa:run", prompt="Once", max_tokens=20, seed=3, temperature=0)
+    assert answer.choices[0].text == expected.text != by_hand(run, ["Once"], 3)[0].text
+
+
+def test_our_own_client_takes_either_model(run, client, tmp_path, monkeypatch):
+    monkeypatch.setenv("OPENAI_API_KEY", KEY)
+    said = []
+    for name in ("run", "gsa:run"):
+        engine = build_engine(node(["engine=openai", f"engine.base_url={client.base_url}", f"engine.name='{name}'"]), run, tmp_path)
+        assert {"n", "seed", "texts", "top_k"} <= engine.capabilities
+        said.append(engine.generate(["Once"], [SamplingParams(max_new_tokens=20, temperature=1.0, seed=3)])[0].text)
+        engine.close()
+    assert said[0] != said[1] and all(said)
+
+
+def test_calls_of_several_callers_are_made_together_end_with_them_and_fail_alone(tmp_path):
+    """Conversations; no process between, so that the hub can be looked at."""
+    run = load_run(make_run(tmp_path / "chat", "data=chat", "data.path=none.jsonl", "task=sft"))
+    talks = [[{"role": "user", "content": text}] for text in ("Once", "Twice")]
+    expected = by_hand(run, talks, 3)
+    engine = build_engine(compose("generate", ["ckpt=unused", "engine.context_length=900"]).engine, run, None)
+    method = build(compose("generate", ["ckpt=unused", *GSA]).decode)
+
+    async def last(said):
+        return [item async for item in said][-1]
+
+    async def scene():
+        hub = server.Hub(engine, 16)
+        rounds, work = InRounds(hub, method, run.tokenizer, run_renderer(run)), asyncio.create_task(hub.work())
+        results = await asyncio.gather(*(last(rounds.follow(talk, method.params(20, 3), 1)) for talk in talks))
+        assert [result.completions[0].text for result in results] == [one.text for one in expected]
+        with pytest.raises(UserError, match="no room for the candidates"):  # each sample is refused by itself
+            await last(rounds.follow([{"role": "user", "content": "x" * 900}], method.params(20, 3), 1))
+        left = asyncio.create_task(last(rounds.follow(talks[0], method.params(150, 3), 1)))
+        while hub.figures()["requests"] < 2:
+            await asyncio.sleep(0.001)
+        left.cancel()
+        await asyncio.wait([left])
+        assert (hub.figures()["requests"], hub.cancelled) == (0, 2)
+        again = await last(rounds.follow(talks[1], method.params(20, 3), 1))
+        assert again.completions[0].text == expected[1].text
+        work.cancel()
+
+    asyncio.run(asyncio.wait_for(scene(), 120))
+    engine.close()
+
+
+def test_a_decoding_that_needs_other_queries_is_refused_before_anybody_asks(run):
+    context = SimpleNamespace(run=run, method=build(compose("generate", ["ckpt=unused", *GSA, "decode.control=foreign"]).decode))
+    context.engine, context.params = SimpleNamespace(context_length=256), SamplingParams()
+    with pytest.raises(UserError, match=r"decode\.control: foreign shows candidates of another query"):
+        Serve("127.0.0.1", 0, None, 1, "NOBODY_SETS_THIS").run(context)
+
+
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        ({"temperature": 0.5}, "temperature: 'gsa:run' draws as its own configuration says; drop it, or ask 'run'"),
-        ({"extra_body": {"structured_outputs": {"choice": ["a"]}}}, "structured_outputs: 'gsa:run' draws as"),
+        ({"logprobs": 2}, "logprobs: 'gsa:run' gives texts alone; drop it, or ask 'run'"),
+        ({"extra_body": {"prompt_logprobs": 0}}, "prompt_logprobs: 'gsa:run' gives texts alone"),
+        ({"extra_body": {"structured_outputs": {"choice": ["a"]}}}, "structured_outputs: 'gsa:run' gives texts alone"),
         ({"prompt": [97, 98]}, "prompt: token ids; 'gsa:run' takes texts"),
-        ({"max_tokens": 29000}, "too_long: prompt: 1501 tokens and max_new_tokens=29000 are more than the 30000"),
+        ({"max_tokens": 29000}, "no room for the candidates in the context"),
         ({"model": "gsa:walk"}, "model: 'gsa:walk' is not here; 'run' and 'gsa:run' are"),
     ],
 )

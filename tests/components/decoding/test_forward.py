@@ -6,9 +6,12 @@ import pytest
 import torch
 from torch import nn
 
+from components.blocks import Context
 from components.contracts import Batch
 from components.decoding.forward import Forward
+from components.models.samba import MambaBlock, MambaMixer
 from framework.build import build, build_model, compose
+from kernels.packed import pack
 
 IDS = torch.randint(256, (5, 7), generator=torch.Generator().manual_seed(0))
 
@@ -80,6 +83,43 @@ def test_who_is_listened_to_is_called(model):
         block.mixer_norm.register_forward_pre_hook(lambda *_: heard.append("norm"))
     logits(Forward(model, packed=True))
     assert heard.count("down") == heard.count("norm") == len(model.blocks)
+
+
+def test_a_mixer_of_another_kind_or_that_is_listened_to_is_called():
+    class Silent(MambaMixer):
+        def forward(self, x, document_start=None, state=None):
+            return torch.zeros_like(x)
+
+    torch.manual_seed(0)
+    model = build_model(compose("train", ["model=samba", "model/size=test", "model.num_layers=4", "data.seq_len=64"]), 320).eval()
+    silent, _, watched, inner = (block.mixer for block in model.blocks)
+    silent.__class__ = Silent
+    heard = []
+    watched.register_forward_hook(lambda *_: heard.append("mixer"))
+    inner.qkv_proj.register_forward_hook(lambda *_: heard.append("inner"))
+    states = [model.new_state(5, 64) for _ in range(2)]
+    found = []
+    for called, state in zip((Forward(model), Forward(model, packed=True)), states, strict=True):
+        with called.quiet():
+            found.append(called.logits(model(Batch(IDS), state).hidden))
+    torch.testing.assert_close(found[1], found[0], rtol=1e-5, atol=1e-5 * float(found[0].abs().max()))
+    assert heard == ["mixer", "inner"] * 2
+
+
+def test_a_state_that_may_not_be_overwritten_is_left_alone():
+    """Made in inference mode, and the model is in training: such tensors cannot be changed outside of that mode."""
+    block = MambaBlock(MambaMixer(8, 4, 3, 2, None), None, 8, 1e-5)
+    branch, x = (
+        block.packed_branch({part: pack(part.weight) for part in block.modules() if isinstance(part, nn.Linear)}.get),
+        torch.randn(2, 5, 8),
+    )
+    with torch.inference_mode():
+        states = [block.new_state(2, 64, torch.float32, torch.device("cpu")) for _ in range(2)]
+    held = states[1].tensors
+    with torch.no_grad():
+        expected = block.branch(x, Context(), states[0])
+        torch.testing.assert_close(branch(x, Context(), states[1]), expected, rtol=1e-5, atol=1e-6)
+    assert not any(part.any() for part in held) and states[1].ssm.any()
 
 
 def test_an_adapter_round_a_packed_layer_still_acts(model):

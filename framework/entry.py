@@ -11,6 +11,7 @@ import re
 import shutil
 import sys
 import traceback
+import warnings
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -28,6 +29,19 @@ resolvers.register()  # here, because a launcher's processes import this module 
 Job = Callable[[DictConfig], Any]
 FLAGS = ("-m", "--multirun")  # hydra's parser wants them before the overrides
 FREE_TEXT = ("prompt", "samples.prompt")  # keys whose value is a person's text, taken as it is typed
+
+
+OWN = Path(__file__).resolve().parent.parent
+as_python_does = warnings.formatwarning
+
+
+def in_one_line(message: Warning | str, category: type[Warning], filename: str, lineno: int, line: str | None = None) -> str:
+    """A warning of ours is for the user: what it says, without the place in the source."""
+    own = category is UserWarning and Path(filename).is_relative_to(OWN) and ".venv" not in Path(filename).relative_to(OWN).parts
+    return f"warning: {message}\n" if own else as_python_does(message, category, filename, lineno, line)
+
+
+warnings.formatwarning = in_one_line
 
 
 class Outcome:

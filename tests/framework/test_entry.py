@@ -1,6 +1,7 @@
 """Words of the command line and exit codes."""
 
 import errno
+from pathlib import Path
 
 import pytest
 from hydra.core.override_parser.overrides_parser import OverridesParser
@@ -8,7 +9,7 @@ from omegaconf import OmegaConf
 
 from components.contracts import UserError
 from framework.build import build
-from framework.entry import describe, quoted
+from framework.entry import describe, in_one_line, quoted
 from framework.inherit import lay_over
 from framework.resolvers import run_dir, slug
 from framework.runs import is_locked, locked, newest_run, read_state, write_state
@@ -96,3 +97,10 @@ def test_a_run_is_locked_while_a_process_works_on_it(tmp_path):
 @pytest.mark.parametrize("text", ["${seed}", "a ${x} \\ b", "$", "\\${y}", "\\\\${y} ${z", "\\"])
 def test_text_that_looks_like_an_interpolation_stays_text(text):
     assert build({"_target_": "torch.nn.CrossEntropyLoss", "reduction": text}).reduction == text
+
+
+def test_a_warning_of_ours_is_one_line_and_others_are_as_they_are():
+    place = str(Path(describe.__code__.co_filename).with_name("generate.py"))
+    assert in_one_line(UserWarning("too long"), UserWarning, place, 3) == "warning: too long\n"
+    for category, file in ((UserWarning, "/elsewhere/x.py"), (RuntimeWarning, place)):
+        assert file in in_one_line(category("odd"), category, file, 3)

@@ -3,21 +3,16 @@
 from __future__ import annotations
 
 import dataclasses
-import json
-import sys
-import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from pathlib import Path
-from typing import Any
 
 from rich.console import Console
 
-from components.contracts import Completion, Prompt, SamplingParams, UserError
+from components.contracts import Completion, Prompt, SamplingParams
 from components.decoding.rounds import Said, Traced
 from components.evals.base import Row
 from framework import decoding
 from framework.engines import fitting
-from framework.generate import Answer, Context, Request, measures, new_file, progress_bar, renderer, summary
+from framework.generate import Context
 from framework.statistics import k_correct
 
 
@@ -46,45 +41,6 @@ def counted(context: Context, found: Iterable[tuple[int, Traced]]) -> Iterator[t
     for index, answer in found:
         context.spent.update(answer.trace["usage"])
         yield index, answer.candidates[0] if answer.candidates else fitting.skipped(str(answer.stop_reason))  # nobody was asked
-
-
-def answer_in_rounds(task: Answer, context: Context) -> dict[str, float]:
-    """A single answer goes to stdout; the record of all calls of each into traces.jsonl, or `output`, as they are finished.
-
-    Raises: UserError for n above 1, no question, and a file that has content.
-    """
-    if task.n > 1:
-        raise UserError(f"n: {task.n}; this decoding makes one answer from several calls (decode.n); drop n")
-    render, requests = renderer(context), task.requests
-    if requests is None:
-        if task.prompt is None:
-            raise UserError("prompt: null; a decoding of several calls needs a question: prompt='...' or prompts=FILE.jsonl")
-        requests = [Request(0, task.prompt, "prompt")]
-    for request in requests:
-        render(request.given, where=request.where)  # what cannot be read leaves no file
-    notes = Console(stderr=True, highlight=False, soft_wrap=True)
-    path = Path(task.output) if task.output is not None else context.out_dir / "traces.jsonl"
-    started, records = time.perf_counter(), list[dict[str, Any]]()
-    found = asked(context, [request.given for request in requests], render, context.params.max_new_tokens)
-    with new_file(path) as file, progress_bar(notes) as bar:
-        job = bar.add_task("answers", total=len(requests), rate="")
-        for index, answer in found:
-            records.append(answer.trace)
-            line = {**answer.trace, "id": requests[index].id, "query": answer.trace["id"], "engine": context.engine.engine_id}
-            file.write(json.dumps(line, ensure_ascii=False) + "\n")
-            file.flush()
-            bar.update(job, advance=1)
-    figures = decoding.totals(records)
-    metrics = {**measures(figures["decode/completion_tokens"], time.perf_counter() - started, len(requests)), **figures}
-    if task.requests is None:
-        sys.stdout.write(records[0]["text"] + "\n")
-    if long := fitting.words(fitting.figures(context.engine)):
-        notes.print(long, style="bold", markup=False)
-    if failures := sum(record["finish_reason"] == "error" for record in records):
-        notes.print(f"{failures} answer(s) failed; the reason stands at `error`", markup=False)
-    notes.print(f"{len(requests)} answer(s), {figures['decode/calls']:.0f} calls; every call is in {path}", markup=False)
-    notes.print(summary(metrics, context), style="dim", markup=False)
-    return metrics
 
 
 def figures_of(name: str, rows: Sequence[Row], console: Console) -> dict[str, float]:

@@ -14,7 +14,8 @@ from components.contracts import Batch, Completion, UserError
 from components.data.tokenizers import bytes_tokenizer
 from framework.build import build, build_model, compose, load_run
 from framework.engines.native import NativeEngine
-from framework.generate import completions, device, read_requests
+from framework.generate import completions, device
+from framework.prompts import read_requests
 from framework.runs import write_state
 
 TEXT = "".join(f"The {n}th line says {n * n} things about cats, dogs and the sea.\n" for n in range(400))

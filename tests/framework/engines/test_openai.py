@@ -14,9 +14,9 @@ from components.data.tokenizers import bytes_tokenizer
 from framework.engines.building import identity
 from framework.engines.openai import OpenAIEngine
 from framework.engines.requests import THREAD, Breaker, EngineError, Retry, as_requests, each_of, row_seed, seconds_to_wait
-from framework.generate import record
 from framework.jobs import answer_row
 from framework.prompts import Request as FileRequest
+from framework.tasks.answer import record
 
 PARAMS = SamplingParams(max_new_tokens=4, seed=3)
 

@@ -266,11 +266,14 @@ def test_memory_is_counted(bare):
 
 @pytest.mark.slow
 def test_published_table(tmp_path):
-    path = matrix.publish(tmp_path)
+    """Of some cells: each one is a test of its own above."""
+    every = 9
+    path = matrix.publish(tmp_path, every)
     with open(tmp_path / "matrix.csv") as file:
         rows = list(csv.DictReader(file))
     assert {row["status"] for row in rows} == {"trained", "illegal"}, [row for row in rows if row["status"] == "WRONG"]
-    crossed = [row for row in rows[: len(cross_cells())] if row["status"] == "trained"]  # the others are on record
-    assert len(rows) > len(cross_cells()) > len(crossed) > 50 and all(row["loss"] and row["memory_kib"] for row in crossed)
+    cross = len(cross_cells()[::every])
+    crossed = [row for row in rows[:cross] if row["status"] == "trained"]  # the others are on record
+    assert len(rows) > cross > len(crossed) > 5 and all(row["loss"] and row["memory_kib"] for row in crossed)
     assert all(row["note"] for row in rows if row["status"] == "illegal")
     assert f"{len(rows)} cells" in path.read_text()

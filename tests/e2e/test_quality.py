@@ -1,4 +1,7 @@
-"""The default run learns: real text, three seeds, against the bar and against simple models of the same bytes."""
+"""The default run learns: real text, against the bar and against simple models of the same bytes.
+
+One seed, since each takes minutes; three gave 1.519 bits per byte, with a standard deviation of 0.005 (docs/results.md).
+"""
 
 import json
 
@@ -13,15 +16,14 @@ KEYS = (
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("seed", [1, 2, 3])
-def test_default_run_reaches_the_bar(tmp_path, seed):
-    done = run(tmp_path, f"seed={seed}", timeout=1200)
+def test_default_run_reaches_the_bar(tmp_path):
+    done = run(tmp_path, timeout=1200)
     assert done.returncode == 0, done.stderr[-2000:]
     folder = only_run(tmp_path)
     metrics = json.loads((folder / "metrics.json").read_text())
-    print(f"seed {seed}: {metrics['val/bits_per_byte']:.4f} bits per byte, {metrics['seconds']:.0f} s")
+    print(f"{metrics['val/bits_per_byte']:.4f} bits per byte, {metrics['seconds']:.0f} s")
     assert metrics["val/bits_per_byte"] <= BAR < metrics["baseline/order2_bits_per_byte"]
-    assert set(KEYS) <= set(metrics) and metrics["seed"] == seed
+    assert set(KEYS) <= set(metrics) and metrics["seed"] == 1
     assert state(folder)["status"] == "done"
     assert (folder / "loss.png").stat().st_size > 10_000
     assert "python generate.py" in done.stdout

@@ -164,7 +164,7 @@ def test_nothing_to_fit(sizes, losses, message):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize(("seeds", "shared"), [(3, 0.0), (1, 0.0), (3, 0.01)])
+@pytest.mark.parametrize(("seeds", "shared"), [(1, 0.0), (3, 0.01)])
 def test_intervals_hold_the_planted_values_about_as_often_as_they_say(seeds, shared):
     """100 sweeps of 8 sizes over three decades; 88 of 100 is three standard deviations below 95 %."""
     held = np.zeros(2)

@@ -70,7 +70,8 @@ def run(home) -> Path:
 def call(home, run, tmp_path, capfd):
     def run_it(*more: str) -> tuple[int, str, str]:
         places = [f"paths.root={home / 'outputs'}", f"paths.cache_dir={home / 'cache'}", f"hydra.run.dir={tmp_path / 'out'}"]
-        code = entry_point.main([*places, "max_new_tokens=6", "decode=greedy", f"ckpt={run}", *more])
+        bound = [] if "task=evaluate" in more else ["max_new_tokens=6"]  # an evaluation has its own
+        code = entry_point.main([*places, *bound, "decode=greedy", f"ckpt={run}", *more])
         out, err = capfd.readouterr()
         return code, out, err
 

@@ -89,8 +89,9 @@ def test_other_launchers_give_the_same_runs_and_the_same_table(tmp_path, launche
 
 
 @pytest.mark.slow
-def test_a_killed_sweep_of_twenty_jobs_is_finished_without_repeating_anything(tmp_path, kills=(0, 6)):
-    """kill -9 after so many finished jobs, each time somewhere inside the next one; then resume=SWEEP_DIR."""
+def test_a_killed_sweep_of_twenty_jobs_is_finished_without_repeating_anything(tmp_path):
+    """kill -9 after no and after six finished jobs, each time somewhere inside the next one; then resume=SWEEP_DIR."""
+    kills = (0, 6)
     text, folder = shakespeare_like(tmp_path / "train.txt", 20), tmp_path / "s"
     words = [*TINY, "trainer.max_steps=30", "logger=none", f"data.path={text}"]
     command = [*words, "seed=range(1,21)", f"hydra.sweep.dir={folder}", "-m"]

@@ -14,7 +14,7 @@ from components.contracts import Batch, Completion, UserError
 from components.data.tokenizers import bytes_tokenizer
 from framework.build import build, build_model, compose, load_run
 from framework.engines.native import NativeEngine
-from framework.generate import completions, device
+from framework.generate import ANSWER_TOKENS, completions, device
 from framework.prompts import read_requests
 from framework.runs import write_state
 
@@ -347,3 +347,8 @@ def test_a_missing_cuda_device_is_said(monkeypatch):
 def test_numbers_are_prompts_too(call):
     code, out, err = call("prompt=2024", "decode=greedy")
     assert code == 0 and out.startswith("2024"), err
+
+
+def test_the_bound_of_an_answer_that_nobody_said_is_that_of_the_options():
+    """Another one counts as said, and is refused where an evaluation has its own."""
+    assert compose("generate", []).max_new_tokens == ANSWER_TOKENS

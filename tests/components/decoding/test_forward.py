@@ -9,8 +9,10 @@ from torch import nn
 from components.blocks import Context
 from components.contracts import Batch
 from components.decoding.forward import Forward
+from components.models import samba
 from components.models.samba import MambaBlock, MambaMixer
 from framework.build import build, build_model, compose
+from kernels.packed import mamba as packed_mamba
 from kernels.packed import pack
 
 IDS = torch.randint(256, (5, 7), generator=torch.Generator().manual_seed(0))
@@ -83,6 +85,21 @@ def test_who_is_listened_to_is_called(model):
         block.mixer_norm.register_forward_pre_hook(lambda *_: heard.append("norm"))
     logits(Forward(model, packed=True))
     assert heard.count("down") == heard.count("norm") == len(model.blocks)
+
+
+@torch.no_grad()
+def test_a_mixer_with_a_state_is_one_call(monkeypatch):
+    """And without one it is not, since there is nothing to go on from."""
+    calls = []
+    monkeypatch.setattr(samba, "mamba", lambda *given: calls.append(1) or packed_mamba(*given))
+    model = build_model(compose("train", ["model=samba", "model/size=test", "model.num_layers=4", "data.seq_len=64"]), 320).eval()
+    called, state = Forward(model, packed=True), model.new_state(5, 64)
+    logits(called)
+    assert not calls
+    for ids in (IDS, IDS[:, :1]):  # a prompt and a step
+        with called.quiet():
+            model(Batch(ids), state)
+    assert len(calls) == 2 * sum(isinstance(block, MambaBlock) for block in model.blocks) == 4
 
 
 def test_a_mixer_of_another_kind_or_that_is_listened_to_is_called():
